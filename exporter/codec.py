@@ -169,7 +169,8 @@ def fp8_block_quantize(weight: F32) -> tuple[U8, U8]:
 
 def fp8_block_dequantize(codes: U8, scales: U8) -> F32:
     """E4M3 codes [N, K] · E8M0 [ceil(N/128), ceil(K/128)] to f32 [N, K]."""
-    return e4m3_decode(codes) * _spread(e8m0_decode(scales), *codes.shape)
+    values: F32 = e4m3_decode(codes) * _spread(e8m0_decode(scales), *codes.shape)
+    return values
 
 
 def _spread(blocks: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
@@ -180,7 +181,7 @@ def _spread(blocks: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
 def hadamard(x: F32) -> F32:
     """Sylvester–Hadamard transform of the last axis (a power of two), times d^-0.5, in f32."""
     width = x.shape[-1]
-    y = np.array(x, np.float32)
+    y: F32 = np.array(x, np.float32)
     half = 1
     while half < width:
         pairs = y.reshape(*x.shape[:-1], width // (2 * half), 2, half)

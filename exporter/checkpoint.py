@@ -1,0 +1,185 @@
+"""An official V4-Flash checkpoint folder: config.json and shards (or one unindexed model.safetensors).
+
+Headers are read at :meth:`Checkpoint.open`; tensor bytes only when asked for, so that the 160 GB model can be walked
+tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance.errors import CheckpointError
+from appliance.model import ModelConfig
+from exporter import codec, spec
+from exporter.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
+
+__all__ = ["Checkpoint", "SourceFile", "TensorInfo"]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 64 << 20
+MAX_SHARDS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One shard: its path and size."""
+
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint. Every method that reads raises CheckpointError naming the file and tensor."""
+
+    path: Path
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    sources: tuple[SourceFile, ...]
+
+    @staticmethod
+    def open(path: Path) -> Checkpoint:
+        """Read config.json, the index and all shard headers of the folder ``path``."""
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: not a folder; give a checkpoint folder with {CONFIG} and *.safetensors")
+        raw = spec.read_raw(path / CONFIG)
+        config = spec.parse_config(raw, str(path / CONFIG))
+        tensors = _indexed(path) if (path / INDEX).exists() else _single(path)
+        files = sorted({t.file for t in tensors.values()})
+        sources = tuple(SourceFile(file, file.stat().st_size) for file in files)
+        return Checkpoint(path, config, raw, tensors, sources)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name, file by file in file order."""
+        return tuple(self.tensors)
+
+    @property
+    def listing(self) -> Path:
+        """The file that lists the tensors: the index, or the single safetensors file."""
+        index = self.path / INDEX
+        return index if index.exists() else self.path / SINGLE
+
+    def has(self, name: str) -> bool:
+        """True if the checkpoint holds ``name``."""
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape, file, offset and size of ``name``."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.listing}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Raw bits of ``name``: F8 and I8 as uint8, BF16 as uint16, F32 and I64 as such; shape as in the file."""
+        info = self.info(name)
+        array = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
+        self.read_into(name, array)
+        return array
+
+    def read_into(self, name: str, out: NDArray[Any]) -> None:
+        """Fill ``out`` (C-contiguous, ``size_bytes`` long) with the bytes of ``name``."""
+        info = self.info(name)
+        if out.nbytes != info.size_bytes or not out.flags.c_contiguous:
+            raise CheckpointError(f"{info.file}: {name} has {info.size_bytes} bytes, the buffer {out.nbytes}")
+        view, done = out.reshape(-1).view(np.uint8), 0
+        for chunk in self.stream(name):
+            view[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+
+    def stream(self, name: str, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
+        """The bytes of ``name`` in pieces of at most ``chunk_bytes``."""
+        info, left = self.info(name), self.info(name).size_bytes
+        try:
+            with info.file.open("rb") as handle:
+                handle.seek(info.offset)
+                while left:
+                    chunk = handle.read(min(chunk_bytes, left))
+                    if not chunk:
+                        raise CheckpointError(f"{info.file}: {name} ends {left} bytes early; copy the file again")
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: {name} cannot be read ({error.strerror})") from None
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """``name`` as f32: BF16 and F32 exactly, FP8 and FP4 (I8) times their ``.scale`` sibling, exactly."""
+        info = self.info(name)
+        raw = self.read(name)
+        if info.dtype == "F32":
+            return raw
+        if info.dtype == "BF16":
+            return codec.bf16_decode(raw)
+        if info.dtype in ("F8_E4M3", "I8"):
+            scale = self._scale(info)
+            return codec.fp4_dequantize(raw, scale) if info.dtype == "I8" else codec.fp8_block_dequantize(raw, scale)
+        raise CheckpointError(f"{info.file}: {name} is {info.dtype}, expected F32, BF16, F8_E4M3 or I8")
+
+    def _scale(self, info: TensorInfo) -> codec.U8:
+        """The E8M0 sibling of a quantised weight; its shape follows from the weight's."""
+        name = f"{info.name.removesuffix('.weight')}.scale"
+        scale = self.info(name)
+        rows, columns = info.shape if len(info.shape) == 2 else (0, 0)
+        block = codec.WEIGHT_BLOCK
+        expected = (rows, columns // 16) if info.dtype == "I8" else (-(-rows // block), -(-columns // block))
+        if scale.dtype != "F8_E8M0" or scale.shape != expected:
+            raise CheckpointError(
+                f"{scale.file}: {name}: found {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(expected)}"
+            )
+        return self.read(name)
+
+
+def _single(path: Path) -> dict[str, TensorInfo]:
+    if not (path / SINGLE).is_file():
+        raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there; copy the checkpoint again")
+    return {t.name: t for t in read_header(path / SINGLE)}
+
+
+def _indexed(path: Path) -> dict[str, TensorInfo]:
+    """All shards' headers; the index and the shards must name the same tensors."""
+    index = path / INDEX
+    weight_map = _weight_map(index)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).is_file():
+            name = next(n for n, s in weight_map.items() if s == shard)
+            raise CheckpointError(f"{path / shard}: the shard is missing ({index.name} lists {name} in it); copy it")
+        for tensor in read_header(path / shard):
+            if weight_map.get(tensor.name) != shard:
+                listed = weight_map.get(tensor.name, "nowhere")
+                raise CheckpointError(f"{path / shard}: holds {tensor.name}, {index.name} lists it {listed}")
+            tensors[tensor.name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path / shard}: tensor {name} is missing ({index.name} lists it there)")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{index}: more than {MAX_INDEX_BYTES} bytes; not an index")
+        raw = json.loads(index.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{index}: not JSON ({error}); copy the checkpoint again") from None
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty; copy the checkpoint again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {name}: file {shard!r} is not a plain *.safetensors name")
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: more than {MAX_SHARDS} shards; not an index of V4-Flash")
+    return weight_map
