@@ -1,0 +1,42 @@
+"""A small synthetic bundle: real manifest, objects and model.json, and bytes in place of a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from appliance.bundle import BundleWriter
+from appliance.manifest import Manifest
+from appliance.model import Golden, ModelConfig, ModelSpec, Profile, RopeScaling, state_tensors
+
+
+def config() -> ModelConfig:
+    return ModelConfig(
+        hidden_size=128, num_hidden_layers=3, vocab_size=64, num_attention_heads=2, head_dim=128, qk_rope_head_dim=64,
+        q_lora_rank=32, o_lora_rank=32, o_groups=1, sliding_window=32, index_n_heads=16, index_head_dim=64,
+        index_topk=8, moe_intermediate_size=32, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        num_hash_layers=1, routed_scaling_factor=1.0, swiglu_limit=10.0, hc_mult=4, hc_sinkhorn_iters=4, hc_eps=1e-6,
+        rms_norm_eps=1e-6, rope_theta=10000.0, compress_rope_theta=40000.0,
+        rope_scaling=RopeScaling(4.0, 1024, 32.0, 1.0), max_position_embeddings=4096, bos_token_id=0, eos_token_id=1,
+        compress_ratios=(0, 4, 128),
+    )
+
+
+def spec(name: str = "sample") -> ModelSpec:
+    return ModelSpec(
+        name=name, config=config(), states=state_tensors(config(), "kv-v4"), encoding="dsv4-0424", numerics="kv-v4",
+        profiles=(Profile("full", "any", (4, 4, 4), (), "0" * 64),),
+        goldens=(Golden("full", (0, 5, 6), (7,), 0.5),),
+    )
+
+
+def build(out: Path, *, counter: int = 1, seed: int = 0, tokenizer: bool = True) -> Manifest:
+    """An unsigned bundle of three objects (one shared by every seed), the small files and a manifest."""
+    writer = BundleWriter(out)
+    writer.add_object([bytes([7]) * 3000])
+    writer.add_object([bytes([seed, i]) * 2048 for i in range(4)], record_bytes=4096)
+    writer.add_object([b"%d:%d," % (seed, i) for i in range(500)])
+    writer.add_file("model.onnx", b"not a graph, %d" % seed)
+    writer.add_file("model.json", spec().to_json().encode())
+    if tokenizer:
+        writer.add_file("tokenizer.json", b'{"version":"1.0"}')
+    return writer.finish("sample", f"1.{counter}", counter, {"seed": seed})
