@@ -1,0 +1,134 @@
+"""``solocard-export sample``: a random checkpoint in the official layout, equal bytes for equal seeds. numpy only.
+
+Weights are scaled so that activations stay near 1 through all layers, attention and router scores are spread, and
+logits have a standard deviation near 2. Quantised weights are drawn as codes, not rounded from floats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance.model import ModelConfig
+from exporter import codec, sample_tokenizer
+from exporter.official import write_checkpoint
+from exporter.presets import PRESETS, preset
+
+_FP8_SPREAD = 112.0  # largest standard deviation of E4M3 codes: 4 of them reach 448
+_FP4_SPREAD = 2.4
+_GAINS = {"head": 2.0, "gate": 2.0, "w1": 1.5, "w3": 1.5, "hc": 0.7}  # times 1/sqrt(inputs); others 1
+
+
+def write_sample(out: Path, preset_name: str, seed: int = 0) -> int:
+    """Write the checkpoint of ``preset_name`` ("tiny" or "kv-true") to the empty folder ``out``; returns its bytes.
+
+    Raises UsageError if ``out`` is not empty or the preset is unknown.
+    """
+    config = preset(preset_name)
+    return write_random(out, config, seed)
+
+
+def write_random(out: Path, config: ModelConfig, seed: int = 0, *, mtp: int = 1) -> int:
+    """A random checkpoint of any config, with a tokenizer where the vocabulary has room for one."""
+    room = sample_tokenizer.text_capacity(config.vocab_size) >= 256
+    tokenizer = sample_tokenizer.build(config.vocab_size) if room else None
+    weights = RandomWeights(config, seed)
+    return write_checkpoint(out, config, weights.tensor, mtp=mtp, tokenizer=tokenizer)
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``sample OUT --preset tiny|kv-true [--seed N]``; its ``func`` returns the exit code."""
+    parser = subparsers.add_parser("sample", help="write a random checkpoint in the official layout")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="size (default: tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default: 0)")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    total_bytes = write_sample(args.out, args.preset, args.seed)
+    layers = preset(args.preset).num_hidden_layers
+    print(f"wrote {args.out}: preset {args.preset}, {layers} layers, {total_bytes} tensor bytes, random weights")
+    return 0
+
+
+class RandomWeights:
+    """Raw bits of any tensor by name; each depends on the seed, its name and its shape alone."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """Raw bits of ``name`` (uint8, uint16, float32 or int64) with ``shape``."""
+        draw = np.random.Generator(np.random.PCG64([self._seed, zlib.crc32(name.encode())]))
+        if dtype == "I64":
+            keys = draw.random((shape[0], self._config.n_routed_experts))
+            return np.asarray(np.argsort(keys, axis=1)[:, : shape[1]], np.int64)
+        if dtype == "F8_E8M0":
+            return self._scales(draw, name, shape)
+        numbers = draw.integers(0, 1 << 16, shape if dtype != "I8" else (shape[0], 2 * shape[1]), np.uint16)
+        if dtype == "F8_E4M3":
+            return _e4m3_codes(_spread(self._deviation(name), _FP8_SPREAD))[numbers]
+        if dtype == "I8":
+            return codec.fp4_pack(_e2m1_codes(_spread(self._deviation(name), _FP4_SPREAD))[numbers])
+        return self._plain(name, dtype, _normal()[numbers])
+
+    def _plain(self, name: str, dtype: str, normal: codec.F32) -> NDArray[Any]:
+        """F32 and BF16 tensors: norms near 1, mHC scales at 1, the rest around 0."""
+        if name.endswith("norm.weight"):
+            values = 1 + normal * np.float32(0.1)
+        elif name.endswith("_scale"):
+            values = 1 + normal * np.float32(0.05)
+        else:
+            values = normal * np.float32(self._deviation(name))
+        return codec.bf16_encode(values) if dtype == "BF16" else values
+
+    def _scales(self, draw: np.random.Generator, name: str, shape: tuple[int, ...]) -> codec.U8:
+        """E8M0 bytes: the exponent that brings the codes to their deviation, or one less, half of each."""
+        experts = ".experts." in name
+        deviation = self._deviation(name)
+        exponent = round(np.log2(deviation / _spread(deviation, _FP4_SPREAD if experts else _FP8_SPREAD)))
+        return codec.e8m0_encode(exponent - draw.integers(0, 2, shape, np.int32))
+
+    def _deviation(self, name: str) -> float:
+        """Standard deviation of a weight: gain / sqrt(inputs), fixed values for embedding, biases and sinks."""
+        c = self._config
+        part = name.removesuffix(".weight").removesuffix(".scale").rsplit(".", 1)[-1]
+        fixed = {"embed": 1.0, "bias": 0.1, "attn_sink": 1.0, "ape": 0.5}
+        if part in fixed or part.endswith("_base"):
+            return fixed.get(part, 0.5)
+        inputs = {
+            "wq_b": c.q_lora_rank, "wo_a": c.num_attention_heads * c.head_dim // c.o_groups,
+            "wo_b": c.o_groups * c.o_lora_rank, "w2": c.moe_intermediate_size,
+        }.get(part, c.hc_mult * c.hidden_size if part.startswith("hc_") else c.hidden_size)
+        gain = _GAINS.get("hc" if part.startswith("hc_") else part, 1.0)
+        return float(gain / inputs**0.5)
+
+
+@functools.cache
+def _normal() -> codec.F32:
+    """The 65,536 quantiles of the normal distribution: indexed by random u16, no libm in the draw."""
+    inverse = statistics.NormalDist().inv_cdf
+    return np.array([inverse((i + 0.5) / 65536) for i in range(65536)], np.float32)
+
+
+def _spread(deviation: float, largest: float) -> float:
+    """The code deviation in (largest/2, largest] that a power of two brings to ``deviation``."""
+    return float(deviation * 2.0 ** np.floor(np.log2(largest / deviation)))
+
+
+@functools.cache
+def _e4m3_codes(spread: float) -> codec.U8:
+    return codec.e4m3_encode(_normal() * np.float32(spread))
+
+
+@functools.cache
+def _e2m1_codes(spread: float) -> codec.U8:
+    return codec.e2m1_encode(_normal() * np.float32(spread))
