@@ -1,0 +1,113 @@
+"""Keys of the KV store: one master file, per tenant a chain key, a data key and an id (docs/kv-format.md, "Keys").
+
+The chain names a prefix without telling it: names are HMACs under the tenant's key, so neither file nor index
+confirms a guessed prompt, and one tenant's chain says nothing about another's.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from appliance.errors import EngineError, StoreError
+from appliance.model import BLOCK_TOKENS
+
+KEY_BYTES = 32
+TENANT_ID_BYTES = 16
+_TENANT_INFO, _CHAIN_INFO = b"solocard kv 1 tenant ", b"solocard kv 1 chain"
+_DATA_INFO, _ID_INFO = b"solocard kv 1 data", b"solocard kv 1 id"
+
+
+@dataclass(frozen=True, slots=True)
+class TenantKeys:
+    """Everything derived for one tenant; ``cipher`` is AES-256-GCM under the tenant's data key."""
+
+    tenant_id: bytes  # 16 bytes, stands for the tenant in headers and index
+    chain_key: bytes
+    cipher: AESGCM
+
+    def chain(self, fingerprint: bytes, ids: Sequence[int], count: int) -> list[bytes]:
+        """h_1 … h_count of the first 256·count ``ids``; raises EngineError for an id that is no u32."""
+        link, hashes_out = hmac.digest(self.chain_key, fingerprint, "sha256"), []
+        for i in range(count):
+            block = ids[i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS]
+            try:
+                packed = struct.pack(f"<{BLOCK_TOKENS}I", *block)
+            except struct.error:
+                raise EngineError(f"tokens {i * BLOCK_TOKENS} and on are not {BLOCK_TOKENS} ids below 2^32") from None
+            link = hmac.digest(self.chain_key, link + packed, "sha256")
+            hashes_out.append(link)
+        return hashes_out
+
+
+def derive_tenant(master_key: bytes, tenant: str) -> TenantKeys:
+    """HKDF-SHA256 from the master key to the tenant's three values."""
+    if len(master_key) != KEY_BYTES:
+        raise StoreError(f"the KV master key has {len(master_key)} bytes, not {KEY_BYTES}; restore keys/kv-master")
+    tenant_key = _expand(master_key, _TENANT_INFO + tenant.encode(), KEY_BYTES)
+    return TenantKeys(
+        _expand(tenant_key, _ID_INFO, TENANT_ID_BYTES),
+        _expand(tenant_key, _CHAIN_INFO, KEY_BYTES),
+        AESGCM(_expand(tenant_key, _DATA_INFO, KEY_BYTES)),
+    )
+
+
+def _expand(key: bytes, info: bytes, length: int) -> bytes:
+    return HKDF(algorithm=hashes.SHA256(), length=length, salt=None, info=info).derive(key)
+
+
+def load_master_key(path: Path) -> bytes:
+    """Read ``keys/kv-master`` (32 bytes, mode 0600); make it first where there is none.
+
+    Raises StoreError when the file has another length or others may read it.
+    """
+    if not path.exists():
+        _create(path)
+    try:
+        mode, key = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; the KV cache needs this key") from None
+    if mode & 0o077:
+        raise StoreError(f"{path} is readable by others (mode {mode & 0o777:04o}); chmod 600 it")
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{path} has {len(key)} bytes, not {KEY_BYTES}; restore it, or delete it and the kv directory")
+    return key
+
+
+def _create(path: Path) -> None:
+    """Write beside, fsync, link into place: a crash leaves the whole key or none, a racing creator wins once."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.write(fd, secrets.token_bytes(KEY_BYTES))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _link(draft, path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; the KV cache needs this key") from None
+
+
+def _link(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return  # another process made the key first; both read that one
+    finally:
+        draft.unlink()
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
