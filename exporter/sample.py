@@ -75,7 +75,8 @@ class RandomWeights:
             return self._scales(draw, name, shape)
         numbers = draw.integers(0, 1 << 16, shape if dtype != "I8" else (shape[0], 2 * shape[1]), np.uint16)
         if dtype == "F8_E4M3":
-            return _e4m3_codes(_spread(self._deviation(name), _FP8_SPREAD))[numbers]
+            codes: NDArray[Any] = _e4m3_codes(_spread(self._deviation(name), _FP8_SPREAD))[numbers]
+            return codes
         if dtype == "I8":
             return codec.fp4_pack(_e2m1_codes(_spread(self._deviation(name), _FP4_SPREAD))[numbers])
         return self._plain(name, dtype, _normal()[numbers])
