@@ -1,0 +1,62 @@
+"""The tokens of one answer → deltas a client sees: whole characters, reasoning apart, stop strings cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.chat.encoding import END_THINK, THINK
+from runtime.chat.reasoning import ReasoningSplitter
+from runtime.chat.stops import StopScanner
+from runtime.request import Delta
+from runtime.tokenizer import TextStream, Tokenizer
+
+
+class Transcript:
+    """Takes tokens in order. Stop strings are looked for in content only: reasoning is not what a client cut short.
+
+    Control tokens other than the think tags are shown as their literals where the tokenizer does not mark them special
+    (the tool markup), and swallowed otherwise.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._text = TextStream(tokenizer)
+        self._splitter = ReasoningSplitter(thinking=thinking)
+        self._scanner = StopScanner(stop)
+        self._reasoning_tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found: the answer ends here."""
+        return self._scanner.stopped
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens up to and with the end of reasoning."""
+        return self._reasoning_tokens
+
+    def push(self, token: int) -> list[Delta]:
+        """Deltas that this token completes; often none."""
+        if self._splitter.kind == "reasoning":
+            self._reasoning_tokens += 1
+        literal = self._tokenizer.control_literal(token)
+        if literal is None:
+            return self._shown(self._splitter.text(self._text.push(token)))
+        deltas = self._splitter.text(self._text.flush())
+        if literal in (THINK, END_THINK) or not self._tokenizer.is_special(token):
+            deltas += self._splitter.tag(literal)
+        return self._shown(deltas)
+
+    def flush(self) -> list[Delta]:
+        """Everything still held back; call once, at the end."""
+        deltas = self._shown([*self._splitter.text(self._text.flush()), *self._splitter.flush()])
+        rest = self._scanner.flush()
+        return [*deltas, Delta("content", rest)] if rest else deltas
+
+    def _shown(self, deltas: list[Delta]) -> list[Delta]:
+        shown = []
+        for delta in deltas:
+            text = delta.text if delta.kind == "reasoning" else self._scanner.push(delta.text)
+            if text:
+                shown.append(Delta(delta.kind, text))
+        return shown
