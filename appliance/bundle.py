@@ -10,13 +10,14 @@ Both give ``root`` (the directory beside whose ``objects/`` the graph lies), ``g
 from __future__ import annotations
 
 import hashlib
+import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.bundle_writer import BundleWriter
-from appliance.errors import BundleError
+from appliance.errors import BundleError, StoreError, TrustError
+from appliance.layout import Layout
 from appliance.manifest import (
     FILE_LIMITS_BYTES,
     MAX_MANIFEST_BYTES,
@@ -24,11 +25,18 @@ from appliance.manifest import (
     FileEntry,
     Manifest,
     ObjectEntry,
+    is_bundle_id,
 )
 from appliance.model import ModelSpec
+from appliance.state import State
 from appliance.tree import Tree, read_pieces
+from appliance.trust import MAX_METADATA_BYTES, Chain, Read, TrustedRoot, declared_root_version, verify_chain
 
-__all__ = ["BuiltBundle", "BundleWriter", "Chunk", "FileEntry", "Manifest", "ObjectEntry"]
+__all__ = ["BuiltBundle", "BundleWriter", "Chunk", "FileEntry", "Manifest", "ObjectEntry", "VerifiedBundle"]
+
+SAMPLE_BYTES = 1 << 30  # of object records hashed when an installed bundle is opened; sizes are always checked
+_RANDOM = random.SystemRandom()
+_PROOF = object()  # only this module can pass it, so a VerifiedBundle cannot be made without verifying
 
 MANIFEST_TARGET = re.compile(r"([0-9a-f]{64})\.manifest\.json")
 
@@ -52,7 +60,7 @@ class BuiltBundle:
         spec = None
         for entry in manifest.files:
             data = tree.read(entry.path, FILE_LIMITS_BYTES[entry.path])
-            check_file(entry, data)
+            check_file(entry, data, entry.path, tree.remedy)
             if entry.path == "model.json":
                 spec = parse_spec(data)
         for item in manifest.objects:
@@ -65,6 +73,100 @@ class BuiltBundle:
     @property
     def bundle_id(self) -> str:
         return self.manifest.bundle_id
+
+
+class VerifiedBundle:
+    """An installed bundle whose metadata leads from a root trusted on this machine to every one of its bytes.
+
+    Only :meth:`open_installed` and :meth:`open_current` make one.
+    """
+
+    __slots__ = ("chain", "graph_path", "manifest", "root", "signed", "spec", "tokenizer_path")
+
+    def __init__(self, models: Path, manifest: Manifest, spec: ModelSpec, chain: Chain, *, proof: object) -> None:
+        if proof is not _PROOF:
+            raise TypeError("a VerifiedBundle is made by VerifiedBundle.open_installed only")
+        prefix = manifest.bundle_id
+        self.root = models
+        self.manifest, self.spec, self.chain, self.signed = manifest, spec, chain, True
+        self.graph_path = models / f"{prefix}.model.onnx"
+        self.tokenizer_path = models / f"{prefix}.tokenizer.json"
+
+    @property
+    def bundle_id(self) -> str:
+        return self.manifest.bundle_id
+
+    @staticmethod
+    def open_current(home: Path, *, full: bool = False) -> VerifiedBundle:
+        """The bundle that ``state.json`` names; StoreError when none is installed."""
+        current = State.read(home).current
+        if not current:
+            raise StoreError(f"no model is installed in {home}; run `solocard install DIRECTORY`")
+        return VerifiedBundle.open_installed(home, current, full=full)
+
+    @staticmethod
+    def open_installed(home: Path, bundle_id: str, *, full: bool = False) -> VerifiedBundle:
+        """Verify again what was installed: metadata, manifest and small files whole, every object's size.
+
+        One random record of each object is hashed, up to 1 GiB in all; ``full`` hashes every byte. Metadata may have
+        expired since: expiry stops an installation, not service. TrustError: the metadata does not lead to a trusted
+        root. StoreError names the file that is missing or damaged.
+        """
+        layout = Layout(home)
+        if not is_bundle_id(bundle_id) or not layout.metadata(bundle_id).is_dir():
+            raise StoreError(f"no bundle {bundle_id!r} is installed in {home}; `solocard list` shows those that are")
+        try:
+            return _open_installed(layout, bundle_id, full)
+        except TrustError as error:
+            raise TrustError(f"installed bundle {bundle_id}: {error}") from None
+        except BundleError as error:
+            raise StoreError(f"installed bundle {bundle_id}: {error}") from None
+
+
+def _open_installed(layout: Layout, bundle_id: str, full: bool) -> VerifiedBundle:
+    tree = Tree(layout.models, remedy="install the bundle again")
+    metadata = Tree(layout.metadata(bundle_id), remedy="install the bundle again")
+    chain = verify_chain(stored_root(layout, metadata.read), metadata.read)
+    name = f"{bundle_id}.manifest.json"
+    data = tree.read(name, MAX_MANIFEST_BYTES)
+    chain.check_manifest(data, name)
+    manifest = Manifest.from_bytes(data, name)
+    if manifest.bundle_id != bundle_id:
+        raise TrustError(f"{name} is the list of {manifest.bundle_id}, not of {bundle_id}; install the bundle again")
+    spec = None
+    for entry in manifest.files:
+        stored = f"{bundle_id}.{entry.path}"
+        data = tree.read(stored, entry.size_bytes + 1)
+        check_file(entry, data, stored, tree.remedy)
+        if entry.path == "model.json":
+            spec = parse_spec(data, stored)
+    if spec is None or manifest.file("tokenizer.json") is None:
+        raise BundleError(f"{name} lists no model.json or no tokenizer.json; such a bundle cannot be served")
+    _check_pool(tree, manifest, full)
+    return VerifiedBundle(layout.models, manifest, spec, chain, proof=_PROOF)
+
+
+def stored_root(layout: Layout, read: Read) -> TrustedRoot:
+    """The root an installed bundle was verified under; it must still lie in trust/ as it was accepted."""
+    version = declared_root_version(read)
+    name = f"{version}.root.json"
+    data = Tree(layout.trust, remedy="put it back with `solocard trust add`").read(name, MAX_METADATA_BYTES["root"])
+    return TrustedRoot.from_bytes(data, f"trust/{name}")
+
+
+def _check_pool(tree: Tree, manifest: Manifest, full: bool) -> None:
+    for entry in manifest.objects:
+        size = tree.size_bytes(entry.path)
+        if size != entry.size_bytes:
+            raise BundleError(f"{entry.path} has {size:,} bytes, not {entry.size_bytes:,}; {tree.remedy}")
+    budget = SAMPLE_BYTES
+    for entry in _RANDOM.sample(manifest.objects, len(manifest.objects)):
+        chunk = _RANDOM.choice(entry.chunks)
+        if full:
+            check_object(tree, entry)
+        elif budget > 0:
+            budget -= chunk.size_bytes
+            check_chunk(tree, entry, chunk)
 
 
 def read_built_manifest(tree: Tree) -> Manifest:
@@ -84,25 +186,26 @@ def read_built_manifest(tree: Tree) -> Manifest:
     return Manifest.from_bytes(data, name)
 
 
-def check_file(entry: FileEntry, data: bytes) -> None:
-    """BundleError naming the file unless size and SHA-256 are those listed."""
+def check_file(entry: FileEntry, data: bytes, name: str, remedy: str) -> None:
+    """BundleError calling it ``name`` unless size and SHA-256 are those listed."""
     if len(data) != entry.size_bytes:
-        raise BundleError(f"{entry.path} has {len(data):,} bytes, not {entry.size_bytes:,}; copy the bundle again")
+        raise BundleError(f"{name} has {len(data):,} bytes or more, not {entry.size_bytes:,}; {remedy}")
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise BundleError(f"{entry.path} is damaged (SHA-256 differs from the manifest); copy the bundle again")
+        raise BundleError(f"{name} is damaged (SHA-256 differs from the manifest); {remedy}")
 
 
 def check_object(tree: Tree, entry: ObjectEntry) -> None:
     """BundleError naming the object unless its size, its SHA-256 and that of every chunk are those listed."""
-    digest, chunks, size = hashlib.sha256(), _ChunkCheck(entry), 0
-    for piece in _bounded(tree, entry):
-        digest.update(piece)
-        size += len(piece)
-        chunks.update(piece)
+    digest, chunks, size = hashlib.sha256(), _ChunkCheck(entry, tree.remedy), 0
+    with tree.open(entry.path) as file:
+        for piece in read_pieces(file, entry.size_bytes + 1, entry.path):
+            digest.update(piece)
+            size += len(piece)
+            chunks.update(piece)
     if size != entry.size_bytes:
-        raise BundleError(f"{entry.path} has {size:,} bytes, not {entry.size_bytes:,}; copy the bundle again")
+        raise BundleError(f"{entry.path} has {size:,} bytes or more, not {entry.size_bytes:,}; {tree.remedy}")
     if digest.hexdigest() != entry.sha256:
-        raise BundleError(f"{entry.path} is damaged (SHA-256 differs from its name); copy the bundle again")
+        raise BundleError(f"{entry.path} is damaged (SHA-256 differs from its name); {tree.remedy}")
 
 
 def check_chunk(tree: Tree, entry: ObjectEntry, chunk: Chunk) -> None:
@@ -113,7 +216,7 @@ def check_chunk(tree: Tree, entry: ObjectEntry, chunk: Chunk) -> None:
         for piece in read_pieces(file, chunk.size_bytes, entry.path):
             digest.update(piece)
     if digest.hexdigest() != chunk.sha256:
-        raise BundleError(f"{entry.path} is damaged at byte {chunk.offset:,} (SHA-256 of the record differs)")
+        raise BundleError(f"{entry.path} is damaged at byte {chunk.offset:,} (SHA-256 differs); {tree.remedy}")
 
 
 def parse_spec(data: bytes, source: str = "model.json") -> ModelSpec:
@@ -125,17 +228,12 @@ def parse_spec(data: bytes, source: str = "model.json") -> ModelSpec:
     return ModelSpec.from_json(text, source)
 
 
-def _bounded(tree: Tree, entry: ObjectEntry) -> Iterator[memoryview]:
-    """Pieces of an object, one byte more than listed at most."""
-    with tree.open(entry.path) as file:
-        yield from read_pieces(file, entry.size_bytes + 1, entry.path)
-
-
 class _ChunkCheck:
     """Compares the SHA-256 of each chunk as the bytes go by; an object of one chunk is not hashed twice."""
 
-    def __init__(self, entry: ObjectEntry) -> None:
-        self._entry, self._index, self._filled, self._digest = entry, 0, 0, hashlib.sha256()
+    def __init__(self, entry: ObjectEntry, remedy: str) -> None:
+        self._entry, self._remedy = entry, remedy
+        self._index, self._filled, self._digest = 0, 0, hashlib.sha256()
         self._single = len(entry.chunks) == 1 and entry.chunks[0].sha256 == entry.sha256
 
     def update(self, piece: memoryview) -> None:
@@ -148,5 +246,5 @@ class _ChunkCheck:
             piece = piece[len(part) :]
             if self._filled == chunk.size_bytes:
                 if self._digest.hexdigest() != chunk.sha256:
-                    raise BundleError(f"{self._entry.path} is damaged at byte {chunk.offset:,}; copy the bundle again")
+                    raise BundleError(f"{self._entry.path} is damaged at byte {chunk.offset:,}; {self._remedy}")
                 self._index, self._filled, self._digest = self._index + 1, 0, hashlib.sha256()

@@ -93,7 +93,10 @@ class BundleWriter:
     def finish(self, name: str, version: str, release_counter: int, provenance: dict[str, Any]) -> Manifest:
         """Write manifest.json last, everything fsynced; the directory is a bundle from that moment on."""
         manifest = Manifest(
-            name=name, version=version, release_counter=release_counter, provenance=provenance,
+            name=name,
+            version=version,
+            release_counter=release_counter,
+            provenance=provenance,
             files=tuple(sorted(self._files.values(), key=lambda f: f.path)),
             objects=tuple(sorted(self._objects.values(), key=lambda o: o.sha256)),
         )

@@ -78,15 +78,17 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical encoding: files sorted by path, objects by digest."""
-        return canonical_json({
-            "files": [_plain(f) for f in sorted(self.files, key=lambda f: f.path)],
-            "format": MANIFEST_FORMAT,
-            "name": self.name,
-            "objects": [_plain_object(o) for o in sorted(self.objects, key=lambda o: o.sha256)],
-            "provenance": self.provenance,
-            "release_counter": self.release_counter,
-            "version": self.version,
-        })
+        return canonical_json(
+            {
+                "files": [_plain(f) for f in sorted(self.files, key=lambda f: f.path)],
+                "format": MANIFEST_FORMAT,
+                "name": self.name,
+                "objects": [_plain_object(o) for o in sorted(self.objects, key=lambda o: o.sha256)],
+                "provenance": self.provenance,
+                "release_counter": self.release_counter,
+                "version": self.version,
+            }
+        )
 
     @staticmethod
     def from_bytes(data: bytes, source: str = "manifest.json") -> Manifest:

@@ -23,10 +23,14 @@ _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Tree:
-    """Reads regular files below ``root`` (which itself may be a link: a person named it)."""
+    """Reads regular files below ``root`` (which itself may be a link: a person named it).
 
-    def __init__(self, root: Path) -> None:
+    ``remedy`` ends each message: what a person does about a damaged file here.
+    """
+
+    def __init__(self, root: Path, remedy: str = "copy the bundle again") -> None:
         self.root = root
+        self.remedy = remedy
 
     def open(self, name: str) -> BinaryIO:
         """The file ``name`` (``a/b/c``), unbuffered. BundleError naming it: missing, a link, not a regular file."""
@@ -42,10 +46,10 @@ class Tree:
             finally:
                 os.close(parent)
         except OSError as error:
-            raise BundleError(f"{name} in {self.root}: {_why(error)}") from None
+            raise BundleError(f"{name} in {self.root} {_why(error)}; {self.remedy}") from None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise BundleError(f"{name} in {self.root} is not a regular file; copy the bundle again")
+            raise BundleError(f"{name} in {self.root} is not a regular file; {self.remedy}")
         return os.fdopen(fd, "rb", buffering=0)
 
     def size_bytes(self, name: str) -> int:
@@ -58,7 +62,7 @@ class Tree:
         with self.open(name) as file:
             data = b"".join(read_pieces(file, max_bytes + 1, name))
         if len(data) > max_bytes:
-            raise BundleError(f"{name} in {self.root} is longer than {max_bytes:,} bytes; not a Solocard bundle file")
+            raise BundleError(f"{name} in {self.root} is longer than the {max_bytes:,} bytes allowed; {self.remedy}")
         return data
 
     def sha256(self, name: str) -> tuple[str, int]:
@@ -98,11 +102,11 @@ def read_pieces(file: BinaryIO, limit_bytes: int | None, name: str) -> Iterator[
 
 def _why(error: OSError) -> str:
     if error.errno == errno.ENOENT:
-        return "file is missing; copy the bundle again"
+        return "is missing"
     if error.errno in (errno.ELOOP, errno.EMLINK):
-        return "is a symbolic link, which a bundle never has; copy the bundle again"
+        return "is a symbolic link, not a regular file"
     if error.errno == errno.ENOTDIR:
-        return "a folder of its path is a link or a file, which a bundle never has; copy the bundle again"
+        return "lies behind a link or a file instead of a folder"
     if error.errno == errno.ENXIO:
-        return "is a socket or device, not a regular file; copy the bundle again"
-    return f"cannot be opened ({error.strerror}); check the medium and its permissions"
+        return "is a socket or device, not a regular file"
+    return f"cannot be opened ({error.strerror})"
