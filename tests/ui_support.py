@@ -1,0 +1,245 @@
+"""What the console's tests share: a fake admin server on a real unix socket, a fake ``solocard`` on PATH, text goldens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socketserver
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import unescape
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from appliance.wire import KvStatus, Status
+from ui.app import ConsoleApp
+from ui.backend import ConsoleBackend, SocketBackend
+from ui.context import Context
+from ui.terminal import Terminal
+
+GOLDENS = Path(__file__).parent / "ui" / "goldens"
+REWRITE = "SOLOCARD_REWRITE_GOLDENS"  # set to 1 to write the goldens anew, then read the diff
+NEVER_S = 3600.0  # a poll interval no test waits for: tests look by hand
+CELL_PIXELS = 12.2  # width of one cell in textual's SVG
+
+STATUS = Status(
+    bundle_id="solocard-demo-3-0123456789ab", model="deepseek-v4-flash", version="1.2.0", encoding="dsv4-0731",
+    numerics="kv-v4", backend="ort 1.31.1 CPU, function bodies, 2 threads", device="CPU", state="ready",
+    uptime_s=7503.0, window_s=10.0, prefill_tokens_per_s=96.4, decode_tokens_per_s=17.2, running=1, queued=2,
+    queue_depth=8, requests_total=1234, prompt_tokens_total=98765, completion_tokens_total=43210,
+    context_tokens=4096, notes=("unverified on hardware",),
+    kv=KvStatus(enabled=True, used_bytes=1_288_490_189, max_bytes=8_589_934_592, hit_tokens=61_440, miss_tokens=37_325,
+                writing=True, miss_reasons={"no entry": 41, "mixed block": 3}),
+)
+BUNDLES = [
+    {"bundle_id": "solocard-demo-3-0123456789ab", "name": "solocard-demo", "version": "1.2.0", "release_counter": 3,
+     "size_bytes": 11_744_051, "current": True, "previous": False},
+    {"bundle_id": "solocard-demo-2-fedcba987654", "name": "solocard-demo", "version": "1.1.0", "release_counter": 2,
+     "size_bytes": 11_743_990, "current": False, "previous": True},
+    {"bundle_id": "solocard-demo-1-00aa11bb22cc", "name": "solocard-demo", "version": "1.0.0", "release_counter": 1,
+     "size_bytes": 9_961_472, "current": False, "previous": False},
+]
+
+
+class AdminHandler(BaseHTTPRequestHandler):
+    """Answers as the server's admin routes do."""
+
+    server: FakeAdmin
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        if self.server.raw is not None:
+            self._answer(*self.server.raw)
+        elif self.path == "/admin/v1/status":
+            self._answer(200, json.dumps(self.server.status.to_dict()).encode())
+        elif self.path.startswith("/admin/v1/log?lines="):
+            wanted = int(self.path.rpartition("=")[2])
+            self._answer(200, json.dumps({"lines": self.server.lines[-wanted:]}).encode())
+        else:
+            self._answer(404, b"{}")
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
+        """Quiet."""
+
+
+class FakeAdmin(socketserver.ThreadingUnixStreamServer):
+    """``status``, ``lines`` and ``raw`` (HTTP status, body) may be changed while it runs."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), AdminHandler)
+        self.status, self.lines = STATUS, ["first line", "second line"]
+        self.raw: tuple[int, bytes] | None = None
+        self.asked: list[str] = []
+
+
+@contextmanager
+def short_home() -> Iterator[Path]:
+    """An appliance folder with a path short enough for a unix socket."""
+    home = Path(tempfile.mkdtemp(prefix="sc-"))
+    (home / "run").mkdir()
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home)
+
+
+@contextmanager
+def admin_server(home: Path) -> Iterator[FakeAdmin]:
+    """A fake server at ``home/run/admin.sock``."""
+    path = home / "run/admin.sock"
+    server = FakeAdmin(path)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        path.unlink()
+
+
+class FakeSolocard:
+    """A program called ``solocard`` that keeps its bundles in a file and notes how it was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state, self.called = folder / "bundles.json", folder / "called.jsonl"
+        self.program = folder / "solocard"
+        self.program.write_text(f"#!{sys.executable} -ISE\n" + textwrap.dedent(_PROGRAM))
+        self.program.chmod(0o755)
+        self.set_bundles(BUNDLES)
+
+    def set_bundles(self, bundles: list[dict[str, Any]]) -> None:
+        self.state.write_text(json.dumps(bundles))
+
+    def fail_with(self, message: str, exit_code: int) -> None:
+        """Every call from now on says ``message`` on stderr and ends with ``exit_code``."""
+        (self.folder / "fail.json").write_text(json.dumps([message, exit_code]))
+
+    def hold(self) -> Path:
+        """Commands that change something wait until the returned file is removed."""
+        held = self.folder / "held"
+        held.touch()
+        return held
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """Arguments of every call that changed or tried to change something."""
+        lines = self.called.read_text().splitlines() if self.called.exists() else []
+        return [call for call in map(json.loads, lines) if call[0] != "list"]
+
+
+_PROGRAM = """
+    import json, os, pathlib, sys, time
+    here = pathlib.Path(__file__).parent
+    arguments = [a for a in sys.argv[1:] if a != "--json"]
+    with (here / "called.jsonl").open("a") as notes:
+        notes.write(json.dumps(arguments) + "\\n")
+    def say(step, message, **more):
+        print(json.dumps({"step": step, "message": message, **more}), flush=True)
+    if "--json" not in sys.argv or not os.environ.get("SOLOCARD_HOME"):
+        sys.exit("solocard: called without --json or SOLOCARD_HOME")
+    if (here / "fail.json").exists():
+        message, code = json.loads((here / "fail.json").read_text())
+        print(message, file=sys.stderr)
+        sys.exit(code)
+    bundles = json.loads((here / "bundles.json").read_text())
+    if arguments[0] != "list":
+        wanted = arguments[1] if arguments[0] == "activate" else next(b["bundle_id"] for b in bundles if b["previous"])
+        say("check", wanted, done_bytes=5872025, total_bytes=11744051)
+        while (here / "held").exists():
+            time.sleep(0.01)
+        say("trial", "16 golden tokens agree")
+        for b in bundles:
+            b["previous"], b["current"] = b["current"], b["bundle_id"] == wanted
+        (here / "bundles.json").write_text(json.dumps(bundles))
+        say("done", "in service: " + wanted, done=True, ok=True)
+    else:
+        say("list", f"{len(bundles)} bundles", done=True, ok=True, data={"bundles": bundles})
+"""
+
+
+def console(
+    home: Path, *, backend: ConsoleBackend | None = None, plain: bool = False, native_colors: bool = False,
+    poll_s: float = NEVER_S,
+) -> ConsoleApp:
+    """The application as ``solocard-console`` makes it, looking at the server only when told."""
+    socket_path = home / "run/admin.sock"
+    chosen = backend or SocketBackend(socket_path, timeout_s=2.0)
+    terminal = Terminal(plain=plain, native_colors=native_colors)
+    return ConsoleApp(Context(home, socket_path, chosen, terminal, poll_s=poll_s))
+
+
+async def until(pilot: Any, condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    """Let the application work until ``condition`` holds."""
+    for _ in range(int(timeout_s / 0.01)):
+        if condition():
+            await pilot.pause()
+            return
+        await pilot.pause(0.01)
+    raise AssertionError(f"waited {timeout_s} s in vain for: {what}\n" + "\n".join(screen_lines(pilot.app)))
+
+
+async def look(pilot: Any, times: int = 1) -> None:
+    """Look at the server ``times`` times and let the screens draw what came."""
+    for _ in range(times):
+        await pilot.app.look()
+        await pilot.pause()
+
+
+def screen_lines(app: ConsoleApp) -> list[str]:
+    """What the terminal shows, one string per row, read from textual's own SVG export."""
+    columns, rows = app.size
+    grid = [[" "] * columns for _ in range(rows)]
+    for attributes, text in re.findall(r"<text ([^>]*)>(.*?)</text>", app.export_screenshot(), re.S):
+        line = re.search(r'clip-path="url\(#[^"]*-line-(\d+)\)"', attributes)
+        left = re.search(r'(?<![a-z])x="([\d.]+)"', attributes)
+        if line is None or left is None:
+            continue
+        column = round(float(left[1]) / CELL_PIXELS)
+        for offset, character in enumerate(unescape(text).replace("\xa0", " ")):
+            if column + offset < columns:
+                grid[int(line[1])][column + offset] = character
+    return ["".join(row).rstrip() for row in grid]
+
+
+def assert_golden(app: ConsoleApp, name: str, replace: dict[str, str] | None = None) -> None:
+    """Compare the screen with ``goldens/<name>.txt``; with SOLOCARD_REWRITE_GOLDENS=1 write that file instead.
+
+    ``replace`` maps text that differs from run to run to text of the same length.
+    """
+    shown = "\n".join(screen_lines(app)) + "\n"
+    for varying, fixed in (replace or {}).items():
+        shown = shown.replace(varying, fixed)
+    path = GOLDENS / f"{name}.txt"
+    if os.environ.get(REWRITE) == "1":
+        path.write_text(shown, encoding="utf-8")
+    wanted = path.read_text(encoding="utf-8") if path.exists() else ""
+    assert shown == wanted, f"{path.name} differs ({REWRITE}=1 rewrites it):\n--- wanted\n{wanted}--- shown\n{shown}"
+
+
+async def settled(pilot: Any) -> None:
+    """Nothing left to draw."""
+    await pilot.pause()
+    await asyncio.sleep(0)
+    await pilot.pause()

@@ -1,0 +1,113 @@
+"""The console's application: three screens, one view of the server, one loop that looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from textual.app import App
+from textual.events import Resize
+from textual.reactive import reactive
+
+from ui.actions import EVERYWHERE, MODES, Action, bindings
+from ui.backend import AnswerError, ServerDownError
+from ui.context import Context
+from ui.messages import StatusArrived, StatusLost
+from ui.screens.help import HelpScreen
+from ui.screens.logs import LogsScreen
+from ui.screens.models import ModelsScreen
+from ui.screens.overview import OverviewScreen
+from ui.screens.palette import PaletteScreen, mode_of
+from ui.screens.toosmall import TooSmallScreen
+from ui.terminal import too_small
+from ui.view import ServerView
+
+
+class ConsoleApp(App[None]):
+    """``view`` is replaced at every look at the server; the screens watch it."""
+
+    CSS_PATH = "screens/console.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS = bindings(EVERYWHERE)
+    AUTO_FOCUS = None
+
+    view: reactive[ServerView] = reactive(ServerView(), init=False)
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(ansi_color=True if context.terminal.native_colors else None)
+        self.context = context
+        self.models_screen = ModelsScreen(context)
+        self.add_mode("overview", lambda: OverviewScreen(context))
+        self.add_mode("models", lambda: self.models_screen)
+        self.add_mode("logs", lambda: LogsScreen(context))
+
+    def on_mount(self) -> None:
+        self.theme = "ansi-dark" if self.context.terminal.native_colors else "textual-dark"
+        self.animation_level = "none"
+        self.switch_mode("overview")
+        self.run_worker(self.look_again_and_again(), group="looks")
+
+    # ---- looking
+
+    async def look_again_and_again(self) -> None:
+        """Worker: a look at the server every ``poll_s`` seconds."""
+        while True:
+            await self.look()
+            await asyncio.sleep(self.context.poll_s)
+
+    async def look(self) -> None:
+        """Ask the backend once, off the event loop, and post what came of it."""
+        try:
+            self.post_message(StatusArrived(await asyncio.to_thread(self.context.backend.status)))
+        except ServerDownError as error:
+            self.post_message(StatusLost(str(error), down=True))
+        except AnswerError as error:
+            self.post_message(StatusLost(str(error), down=False))
+
+    def on_status_arrived(self, event: StatusArrived) -> None:
+        self.view = self.view.answered(event.status)
+
+    def on_status_lost(self, event: StatusLost) -> None:
+        self.view = self.view.lost(event.problem, down=event.down)
+
+    # ---- size
+
+    def on_resize(self, event: Resize) -> None:
+        shown = isinstance(self.screen, TooSmallScreen)
+        small = too_small(event.size.width, event.size.height)
+        if small and not shown:
+            self.push_screen(TooSmallScreen(self.context))
+        elif shown and not small:
+            self.pop_screen()
+
+    # ---- keys
+
+    def action_overview(self) -> None:
+        self.switch_mode("overview")
+
+    def action_models(self) -> None:
+        self.switch_mode("models")
+
+    def action_logs(self) -> None:
+        self.switch_mode("logs")
+
+    def action_help(self) -> None:
+        self.push_screen(HelpScreen(self.context))
+
+    def action_palette(self) -> None:
+        self.push_screen(PaletteScreen(self.context), self.run_chosen)
+
+    async def action_quit(self) -> None:
+        """Leave, unless a command that changes the appliance is under way."""
+        if self.models_screen.changing:
+            self.notify(self.context.strings.busy, markup=False)
+        else:
+            self.exit()
+
+    def run_chosen(self, action: Action | None) -> None:
+        """Run what the palette returned, on the screen it belongs to."""
+        if action is None:
+            return
+        mode = mode_of(action)
+        if mode in MODES:
+            self.switch_mode(mode)
+        self.call_after_refresh(self.run_action, action.name, self.screen if mode else self)
