@@ -1,12 +1,27 @@
-"""Models and states for the KV tests: the real V4-Flash shapes, and a tiny model of the same three layer kinds."""
+"""For the KV tests: real and tiny shapes, a store with known contents, and IO that fails or dies at a chosen call.
+
+``python kv_support.py DIR AT WHEN`` stores ``STORY`` into DIR, prints a line per acknowledged put, and is killed at
+the AT-th IO call, before or after it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import os
+import signal
+import sqlite3
+import sys
+from pathlib import Path
 
 import numpy as np
 
 from appliance.model import ModelConfig, ModelSpec, RopeScaling, state_tensors
+from runtime.kv.fingerprint import Arithmetic, Fingerprint, fingerprint
+from runtime.kv.layout import KvLayout
+from runtime.kv.segment import Io
+from runtime.kv.store import KvStore, PutResult
 
 REAL = ModelConfig(
     hidden_size=4096, num_hidden_layers=43, vocab_size=129280, num_attention_heads=64, head_dim=512,
@@ -44,3 +59,159 @@ def make_pools(spec: ModelSpec, count: int = 4, seed: int | None = None) -> dict
         else:
             pools[state.name] = rng.standard_normal(shape).astype(np.float32)
     return pools
+
+
+ARITHMETIC = Arithmetic("ort", "1.31.1", "bodies-1", "x86_64 avx512_vnni", "intra=2", 256)
+MASTER_KEY = bytes(range(32))
+QUOTA = 1 << 30
+SEGMENT_BYTES = 128 * 1024  # a few tiny records, so that stores of the tests have several segments
+
+
+def make_fingerprint(layout: KvLayout, **changes: object) -> Fingerprint:
+    """F of the tests; a change may name any piece, or a field of ``Arithmetic``."""
+    fields = {f.name for f in dataclasses.fields(Arithmetic)}
+    arithmetic = dataclasses.replace(ARITHMETIC, **{k: v for k, v in changes.items() if k in fields})
+    pieces = {
+        "objects": ["aa" * 32, "bb" * 32], "graphs": ["cc" * 32], "profile": "full", "tokenizer_sha256": "dd" * 32,
+        "encoding": "dsv4-0731", "numerics": "kv-v4", "layout_id": layout.layout_id,
+    }  # fmt: skip
+    pieces |= {k: v for k, v in changes.items() if k not in fields}
+    return fingerprint(**pieces, arithmetic=arithmetic)
+
+
+@functools.cache
+def tiny_layout() -> KvLayout:
+    return KvLayout.from_spec(make_spec(TINY))
+
+
+def open_store(directory: Path, *, master_key: bytes = MASTER_KEY, max_bytes: int = QUOTA, io: Io | None = None,
+               segment_bytes: int = SEGMENT_BYTES, **changes: object) -> KvStore:  # fmt: skip
+    layout = tiny_layout()
+    return KvStore.open(directory, layout=layout, fingerprint=make_fingerprint(layout, **changes),
+                        master_key=master_key, max_bytes=max_bytes, io=io, segment_bytes=segment_bytes)  # fmt: skip
+
+
+def prompt(chat: int, tokens: int) -> list[int]:
+    """Token ids of one of the tests' chats; a longer one begins with the shorter."""
+    return [(chat * 7919 + i * 31 + i // 256) % 129280 for i in range(tokens)]
+
+
+def block_payload(chat: int, i: int) -> bytes:
+    """What the tests store as block ``i``: bytes that follow from their names alone."""
+    return _noise(f"block {chat} {i}", tiny_layout().block_bytes)
+
+
+def checkpoint_payload(chat: int, tokens: int) -> bytes:
+    return _noise(f"checkpoint {chat} {tokens}", tiny_layout().checkpoint_bytes)
+
+
+@functools.cache
+def _noise(name: str, size_bytes: int) -> bytes:
+    return hashlib.shake_128(name.encode()).digest(size_bytes)
+
+
+def put(store: KvStore, chat: int, tokens: int, tenant: str = "default") -> PutResult:
+    return store.put(tenant, prompt(chat, tokens), functools.partial(block_payload, chat),
+                     checkpoint_payload(chat, tokens))  # fmt: skip
+
+
+def assert_hit(store: KvStore, chat: int, tokens: int, more: int = 1, tenant: str = "default") -> None:
+    """The lookup of ``tokens + more`` tokens gives exactly the stored boundary ``tokens``, bit by bit."""
+    hit = store.lookup(tenant, prompt(chat, tokens + more))
+    assert (hit.tokens, hit.reason) == (tokens, "" if more <= 256 else "no-unit")
+    assert hit.checkpoint == checkpoint_payload(chat, tokens)
+    assert hit.blocks == [block_payload(chat, i) for i in range(tokens // 256)]
+
+
+def assert_miss(store: KvStore, chat: int, tokens: int, reason: str, tenant: str = "default") -> None:
+    hit = store.lookup(tenant, prompt(chat, tokens))
+    assert (hit.tokens, hit.blocks, hit.checkpoint, hit.reason) == (0, [], None, reason)
+
+
+def disk_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.kvs"))
+
+
+class FaultIo(Io):
+    """Counts the store's calls; from call ``at`` on each raises ``error``, writes going half way first."""
+
+    def __init__(self, at: int = 1 << 60, error: OSError | None = None, only: str = "") -> None:
+        self.calls: list[str] = []
+        self.at, self.error, self.only = at, error, only
+
+    def _call(self, name: str) -> bool:
+        """Note a call; True when it must fail."""
+        if not self.only or name == self.only:
+            self.calls.append(name)
+            return len(self.calls) > self.at
+        return False
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> None:
+        if self._call("pwrite"):
+            super().pwrite(fd, data[: len(data) // 2], offset)
+            self.fail()
+        super().pwrite(fd, data, offset)
+        self.after()
+
+    def pread(self, fd: int, size_bytes: int, offset: int) -> bytes:
+        if self._call("pread"):
+            self.fail()
+        return super().pread(fd, size_bytes, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        if self._call("fdatasync"):
+            self.fail()
+        super().fdatasync(fd)
+        self.after()
+
+    def sync_directory(self, path: Path) -> None:
+        if self._call("sync_directory"):
+            self.fail()
+        super().sync_directory(path)
+        self.after()
+
+    def commit(self, connection: sqlite3.Connection) -> None:
+        if self._call("commit"):
+            self.fail()
+        super().commit(connection)
+        self.after()
+
+    def fail(self) -> None:
+        assert self.error is not None
+        raise self.error
+
+    def after(self) -> None:
+        """A call succeeded."""
+
+
+class KillIo(FaultIo):
+    """Kills its own process, as kill -9 does, at call ``at``: before it (half of a write done), or after it."""
+
+    def __init__(self, at: int, when: str) -> None:
+        super().__init__(at)
+        self.when = when
+
+    def fail(self) -> None:
+        if self.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(self) -> None:
+        if self.when == "after" and len(self.calls) > self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# (chat, tokens) in the order they are stored: new prefixes, longer turns of old ones, several segments.
+STORY = ((0, 256), (1, 512), (0, 768), (2, 256), (1, 1024), (3, 512), (2, 512))
+
+
+def tell_story(directory: Path, io: Io) -> None:
+    """Store ``STORY`` and say what was acknowledged, a line each."""
+    store = open_store(directory, io=io)
+    for chat, tokens in STORY:
+        if put(store, chat, tokens).stored:
+            print("stored", chat, tokens, flush=True)
+    store.close()
+
+
+if __name__ == "__main__":
+    tell_story(Path(sys.argv[1]), KillIo(int(sys.argv[2]), sys.argv[3]))

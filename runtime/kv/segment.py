@@ -8,6 +8,7 @@ removes them at the next start.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from appliance.errors import BusyError, StoreError
 from runtime.kv.record import ALIGN_BYTES, EPOCH_BYTES
 
 SEGMENT_BYTES = 256 * 1024 * 1024
@@ -45,6 +47,26 @@ class Io:
 
     def commit(self, connection: sqlite3.Connection) -> None:
         connection.execute("COMMIT")
+
+
+def lock_directory(directory: Path, io: Io) -> int:
+    """Make the store's directory (0700) where needed and lock it for one writer; returns the lock's descriptor.
+
+    Raises BusyError when another process holds it, StoreError when the directory cannot be used.
+    """
+    try:
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            io.sync_directory(directory.parent)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StoreError(f"{directory}: {error.strerror}; the KV cache needs a directory it can write") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise BusyError(f"{directory} is in use by another solocard-serve; stop it first") from None
+    return fd
 
 
 @dataclass(frozen=True, slots=True)

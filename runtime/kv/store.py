@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import sqlite3
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.errors import BusyError, EngineError, SolocardError, StoreError
+from appliance.errors import EngineError, SolocardError, StoreError
 from appliance.model import BLOCK_TOKENS
 from appliance.wire import KvStatus
 from runtime.kv.fingerprint import Fingerprint, difference
@@ -27,7 +26,7 @@ from runtime.kv.index import Index, Row
 from runtime.kv.keys import TenantKeys, derive_tenant
 from runtime.kv.layout import KvLayout
 from runtime.kv.record import KEY_GENERATION, Kind, RecordHeader, record_bytes, seal, unseal
-from runtime.kv.segment import SEGMENT_BYTES, Io, Reader, Segments
+from runtime.kv.segment import SEGMENT_BYTES, Io, Reader, Segments, lock_directory
 
 _OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
 _READ_AHEAD = 8  # records asked for ahead of the one being decrypted
@@ -91,8 +90,9 @@ class KvStore:
         """
         if fingerprint.fields.get("layout") != layout.layout_id:
             raise EngineError("the KV fingerprint names another layout than the store's; build both from one model")
+        derive_tenant(master_key, "default")  # a key of a wrong length fails here, not at a request
         io = io or Io()
-        lock_fd = _lock_directory(directory)
+        lock_fd = lock_directory(directory, io)
         try:
             index = Index.open(directory, io)
             try:
@@ -225,7 +225,8 @@ class KvStore:
 
     def _why(self, keys: TenantKeys, ids: Sequence[int], chain: list[bytes], rows: Rows, count: int) -> str:
         """Why the boundary ``len(chain)`` was not reached when ``count`` blocks were found."""
-        if any(row.damaged and row.end_token > count * BLOCK_TOKENS for row in rows.values()):
+        beyond = [rows.get((link, kind)) for link in chain[count:] for kind in Kind]
+        if any(row.damaged for row in beyond if row):
             return "corrupt"
         if count:
             return "no-unit"
@@ -342,19 +343,3 @@ def _recover(index: Index, segments: Segments) -> None:
     if short:
         lost = index.shorten(short)
         _log.warning("KV segments are shorter than their index: %d records lost", lost)
-
-
-def _lock_directory(directory: Path) -> int:
-    try:
-        if not directory.is_dir():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            Io().sync_directory(directory.parent)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StoreError(f"{directory}: {error.strerror}; the KV cache needs a directory it can write") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise BusyError(f"{directory} is in use by another solocard-serve; stop it first") from None
-    return fd
