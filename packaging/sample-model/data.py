@@ -1,0 +1,209 @@
+"""The text the sample model is trained on: collecting, splitting, tokenizing, batching.
+
+Three sources, all redistributable: Python's documentation (PSF licence), plays and poems (public domain, Project
+Gutenberg texts), and Solocard's own manual as questions and answers (this repository). One file in twenty of the first
+two, picked by a hash of its name, is held out whole and never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from exporter import sample_tokenizer
+
+BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>",
+)
+HELD_OUT_ONE_IN = 20
+MAX_FILE_CHARS = 120_000
+BOOK_SHARE = 0.12  # of the prose rows
+# Given to the tokenizer beside the prose, so that commands are few tokens.
+COMMANDS = (
+    "Run `solocard trust add ROOT.json`.", "Run `solocard install DIR`.", "Run `solocard rollback`.",
+    "Run `solocard list`.", "Run `solocard verify`.", "Run `solocard status`.", "Run `solocard key new NAME`.",
+    "Run `solocard config show`.", "Run `solocard console`.", "Start it with `solocard-serve`.",
+    "Use `solocard-export sample OUT --preset tiny`.", "Use `solocard-export sample OUT --preset kv-true`.",
+    "Use `solocard-export build CKPT OUT --encoding dsv4-0731`.", "Use `--encoding dsv4-0424`.",
+    "Use `solocard-export keys new DIR`, then `solocard-export sign BUNDLE --keys DIR`.",
+    "Use `solocard-export parity BUNDLE`.", "`solocard-export logits BUNDLE --ids ids.npy --out logits.npy`",
+    "Run `packaging/demo`.", "Run `packaging/check`.", "Solocard serves the model on 127.0.0.1, port 8017.",
+    "The bundle is verified while it is copied, then the server switches to it.",
+    "The KV cache on disk is at most 8 GiB, in blocks of 256 tokens.",
+    "How do I install a bundle from a USB stick? What does Solocard do? Which command shows the status?",
+)
+SYSTEM_TEXTS = (
+    "You are a helpful assistant.",
+    "You answer questions about Solocard.",
+    "You are the Solocard assistant. Answer with the exact command.",
+    "Be brief.",
+)
+THOUGHTS = (
+    "The user asks about {topic}. The manual says it in one line.",
+    "This is about {topic}. I give the command first.",
+    "A question on {topic}; I quote the manual.",
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One source file."""
+
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        return hashlib.sha256(self.name.encode()).digest()[1] % HELD_OUT_ONE_IN == 0
+
+
+def collect(docs: Path, books: Path) -> list[Text]:
+    """All source files, sorted by name: `*.rst.txt` under docs, modern-spelling Gutenberg `*_gut.txt` under books."""
+    files = [(f"docs/{p.relative_to(docs)}", p) for p in docs.rglob("*.rst.txt") if "changelog" not in p.name]
+    files += [(f"books/{p.name}", p) for p in books.rglob("*_gut.txt")]
+    return [Text(name, _clean(path.read_text("utf-8", errors="replace"))) for name, path in sorted(files)]
+
+
+def _clean(text: str) -> str:
+    text = re.sub(r"[ \t]+\n", "\n", text.replace("\r\n", "\n"))
+    return re.sub(r"\n{4,}", "\n\n\n", text)[:MAX_FILE_CHARS]
+
+
+# ---------------------------------------------------------------------------------------------------------- manual
+@dataclass(frozen=True)
+class Turn:
+    """One question with its answer; `command` is what must appear in the answer, `topic` serves the thoughts."""
+
+    fact: str
+    question: str
+    answer: str
+    command: str
+    topic: str
+    held_out: bool
+
+    def prompt(self, thinking: bool = False) -> str:
+        return f"{USER}{self.question}{ASSISTANT}{THINK if thinking else END_THINK}"
+
+
+def load_manual(path: Path) -> list[Turn]:
+    """One JSON object a line: {fact, topic, command, answer, questions, unseen}; `unseen` wordings are held out."""
+    turns = []
+    for line in path.read_text("utf-8").splitlines():
+        entry: dict[str, Any] = json.loads(line)
+        for key, held_out in (("questions", False), ("unseen", True)):
+            for question in entry[key]:
+                turns.append(Turn(entry["fact"], question, entry["answer"], entry["command"], entry["topic"], held_out))
+    return turns
+
+
+def reworded(question: str, draw: random.Random) -> str:
+    """Small changes a person makes: case, full stop, a polite start, a missing question mark."""
+    roll = draw.random()
+    if roll < 0.45:
+        return question
+    lowered = question[0].lower() + question[1:]
+    if roll < 0.60:
+        return lowered
+    if roll < 0.70:
+        return question.rstrip("?.")
+    if roll < 0.78:
+        return lowered.rstrip("?.")
+    start = draw.choice(["Hello, ", "Hi! ", "Please tell me: ", "Quick question: ", "Excuse me, ", "One more thing: "])
+    if roll < 0.92:
+        return start + lowered
+    return question + draw.choice([" Thanks.", " Please.", " Thank you!", " I am new here."])
+
+
+def conversation(turns: list[Turn], draw: random.Random) -> Iterator[tuple[str, bool]]:
+    """Pieces (text, is answer) of one conversation as the dsv4-0731 chat encoding writes it."""
+    yield BOS + (draw.choice(SYSTEM_TEXTS) if draw.random() < 0.25 else ""), False
+    for turn in turns:
+        thinking = draw.random() < 0.12
+        yield f"{USER}{reworded(turn.question, draw)}{ASSISTANT}{THINK if thinking else END_THINK}", False
+        thought = draw.choice(THOUGHTS).format(topic=turn.topic) + END_THINK if thinking else ""
+        yield thought + turn.answer + EOS, True
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, Any]:
+    """tokenizer.json: byte-level BPE of `texts` with V4's control tokens around it."""
+    pre = sample_tokenizer.build(vocab_size)["pre_tokenizer"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(_regex(pre["pretokenizers"][0]["pattern"]["Regex"]), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ])
+    trainer = trainers.BpeTrainer(
+        vocab_size=sample_tokenizer.text_capacity(vocab_size), initial_alphabet=sample_tokenizer.byte_alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    return sample_tokenizer.wrap(model["vocab"], merges, vocab_size)
+
+
+def encode_all(texts: list[Text], tokenizer: Tokenizer) -> NDArray[np.uint16]:
+    """All texts one after the other, each closed by the end token."""
+    rows = [[*e.ids, 1] for e in tokenizer.encode_batch([t.text for t in texts], add_special_tokens=False)]
+    return np.concatenate([np.array(row, np.uint16) for row in rows])
+
+
+def _regex(pattern: str) -> Any:
+    from tokenizers import Regex
+
+    return Regex(pattern)
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+class Batches:
+    """Rows of `length` tokens with a loss weight per target: prose windows, and conversations about the manual."""
+
+    def __init__(
+        self, docs: NDArray[np.uint16], books: NDArray[np.uint16], manual: list[Turn], tokenizer: Tokenizer, length: int,
+        seed: int,
+    ) -> None:
+        self.docs, self.books, self.tokenizer, self.length = docs, books, tokenizer, length
+        self.manual = [turn for turn in manual if not turn.held_out]
+        self.draw = random.Random(seed)
+        self.queue: list[Turn] = []
+
+    def next(self, rows: int, manual_share: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids [rows, length + 1] and weights [rows, length] of the targets."""
+        picked = [self._manual_row() if self.draw.random() < manual_share and self.manual else self._prose_row()
+                  for _ in range(rows)]
+        return np.stack([ids for ids, _ in picked]), np.stack([weights for _, weights in picked])
+
+    def _prose_row(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        source = self.books if self.draw.random() < BOOK_SHARE else self.docs
+        start = self.draw.randrange(len(source) - self.length - 1)
+        ids = source[start : start + self.length + 1].astype(np.int64)
+        return ids, np.ones(self.length, np.float32)
+
+    def _next_turn(self) -> Turn:
+        if not self.queue:
+            self.queue = list(self.manual)
+            self.draw.shuffle(self.queue)
+        return self.queue.pop()
+
+    def _manual_row(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ids: list[int] = []
+        weights: list[float] = []
+        while len(ids) < self.length + 1:
+            turns = [self._next_turn() for _ in range(self.draw.choice([1, 1, 2, 3]))]
+            for text, is_answer in conversation(turns, self.draw):
+                piece = self.tokenizer.encode(text, add_special_tokens=False).ids
+                ids += piece
+                weights += [1.5 if is_answer else 0.2] * len(piece)
+        cut = self.length + 1
+        return np.array(ids[:cut], np.int64), np.array(weights[1:cut], np.float32)
