@@ -2,13 +2,14 @@
 
 Prefill and decode are one function: :meth:`Reference.forward` appends any number of tokens to a state. Two switches
 add the trained roundings: ``kv_sim`` stores cache rows and index queries in V4's formats (the product's ``kv-v4``),
-``act_sim`` also rounds the inputs of quantised linears to E4M3 per 128 as the official kernels do.
+``act_sim`` rounds activations to BF16 where the official code casts, and the inputs of quantised linears to E4M3 per
+128 (needs such inputs to be multiples of 128 wide).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
@@ -54,10 +55,10 @@ class Reference:
         self._weights, self._tensors = weights, dict[str, torch.Tensor]()
         self._eps = config.rms_norm_eps
 
-    @staticmethod
-    def from_checkpoint(checkpoint: Checkpoint, *, act_sim: bool = False, kv_sim: bool = False) -> Reference:
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, *, act_sim: bool = False, kv_sim: bool = False) -> Self:
         """The reference of an official checkpoint; CheckpointError names a missing or malformed tensor."""
-        return Reference(CheckpointWeights(checkpoint), checkpoint.config, act_sim=act_sim, kv_sim=kv_sim)
+        return cls(CheckpointWeights(checkpoint), checkpoint.config, act_sim=act_sim, kv_sim=kv_sim)
 
     def new_state(self, *, keep_all: bool = False) -> State:
         """An empty sequence; ``keep_all`` keeps every window row for :meth:`State.rows`."""
@@ -97,7 +98,7 @@ class Reference:
         pre = ops.hc_head(
             mixes, self._w(f"{prefix}hc_head_scale"), self._w(f"{prefix}hc_head_base"), self.config.hc_eps
         )
-        x = ops.rms_norm(ops.hc_collect(streams, pre), self._w(f"{prefix}norm.weight"), self._eps)
+        x = self._norm(self._cast(ops.hc_collect(streams, pre)), f"{prefix}norm")
         if trace is not None:
             trace.final_norm.append(x)
         return x @ self._w("head.weight").T
@@ -105,10 +106,9 @@ class Reference:
     def mtp_logits(self, streams: torch.Tensor, next_ids: list[int], state: State) -> torch.Tensor:
         """MTP block mtp.0: streams before the head [n, S, D] at t and the token at t+1 to logits of t+2 [n, vocab]."""
         name, ids = "mtp.0", self._checked_ids(next_ids)
-        token = ops.rms_norm(self._w("embed.weight")[ids], self._w(f"{name}.enorm.weight"), self._eps)
-        hidden = ops.rms_norm(streams, self._w(f"{name}.hnorm.weight"), self._eps)
-        mixed = self._linear(f"{name}.e_proj", token)[:, None] + self._linear(f"{name}.h_proj", hidden)
-        out = self._block(name, self.config.num_hidden_layers, mixed, ids, state.mtp, state.mtp_tokens,
+        token = self._linear(f"{name}.e_proj", self._norm(self._w("embed.weight")[ids], f"{name}.enorm"))
+        mixed = token[:, None] + self._linear(f"{name}.h_proj", self._norm(streams, f"{name}.hnorm"))
+        out = self._block(name, self.config.num_hidden_layers, self._cast(mixed), ids, state.mtp, state.mtp_tokens,
                           state.keep_all, None)
         state.mtp_tokens += len(next_ids)
         return self.head(out, f"{name}.")
@@ -125,19 +125,30 @@ class Reference:
         return torch.tensor(ids, dtype=torch.int64)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """A linear whose weight is FP8 or FP4: its input is what act_sim rounds."""
-        return (torch_codec.act_round_trip(x) if self.act_sim else x) @ self._w(f"{name}.weight").T
+        """A linear whose weight is FP8 or FP4: its input is what act_sim rounds to E4M3."""
+        return self._cast((torch_codec.act_round_trip(x) if self.act_sim else x) @ self._w(f"{name}.weight").T)
+
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        """What the official code casts to BF16."""
+        return x.to(torch.bfloat16).to(torch.float32) if self.act_sim else x
+
+    def _norm(self, x: torch.Tensor, name: str | None) -> torch.Tensor:
+        """RMSNorm with the weight ``name`` (None: without)."""
+        return self._cast(ops.rms_norm(x, None if name is None else self._w(f"{name}.weight"), self._eps))
+
+    def _rope(self, x: torch.Tensor, table: Table) -> torch.Tensor:
+        return self._cast(ops.rope(x, table))
 
     def _block(
         self, name: str, layer: int, streams: torch.Tensor, ids: torch.Tensor, state: LayerState, start: int,
         keep_all: bool, trace: Trace | None,
     ) -> torch.Tensor:
         x, post, comb = self._hc_pre(f"{name}.hc_attn", streams)
-        x = ops.rms_norm(x, self._w(f"{name}.attn_norm.weight"), self._eps)
-        streams = ops.hc_post(self._attention(name, layer, x, state, start, keep_all, trace), streams, post, comb)
+        y = self._attention(name, layer, self._norm(x, f"{name}.attn_norm"), state, start, keep_all, trace)
+        streams = self._cast(ops.hc_post(y, streams, post, comb))
         x, post, comb = self._hc_pre(f"{name}.hc_ffn", streams)
-        x = ops.rms_norm(x, self._w(f"{name}.ffn_norm.weight"), self._eps)
-        return ops.hc_post(self._moe(f"{name}.ffn", layer, x, ids, trace), streams, post, comb)
+        y = self._moe(f"{name}.ffn", layer, self._norm(x, f"{name}.ffn_norm"), ids, trace)
+        return self._cast(ops.hc_post(y, streams, post, comb))
 
     def _hc_pre(self, name: str, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         c = self.config
@@ -145,7 +156,7 @@ class Reference:
         pre, post, comb = ops.hc_split(
             mixes, self._w(f"{name}_scale"), self._w(f"{name}_base"), c.hc_mult, c.hc_sinkhorn_iters, c.hc_eps
         )
-        return ops.hc_collect(streams, pre), post, comb
+        return self._cast(ops.hc_collect(streams, pre)), post, comb
 
     def _ratio(self, layer: int) -> int:
         """Compress ratio; the MTP block follows the last layer and has none."""
@@ -162,22 +173,22 @@ class Reference:
         positions = torch.arange(start, start + n)
         frequency = self._frequency(ratio > 0)
         table = ops.rope_tables(frequency, positions)
-        latent = ops.rms_norm(self._linear(f"{name}.wq_a", x), self._w(f"{name}.q_norm.weight"), self._eps)
+        latent = self._norm(self._linear(f"{name}.wq_a", x), f"{name}.q_norm")
         query = self._linear(f"{name}.wq_b", latent).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        query = ops.rope(ops.rms_norm(query, None, self._eps), table)
-        kv = ops.rms_norm(self._linear(f"{name}.wkv", x), self._w(f"{name}.kv_norm.weight"), self._eps)
-        state.window.append(*self._stored_row(ops.rope(kv, table)))
+        query = self._rope(self._norm(query, None), table)
+        kv = self._norm(self._linear(f"{name}.wkv", x), f"{name}.kv_norm")
+        state.window.append(*self._stored_row(self._rope(kv, table)))
         age = positions[:, None] - (state.window.first + torch.arange(len(state.window.values)))
         keys, allowed = state.window.values, (age >= 0) & (age < c.sliding_window)
         if state.compressor is not None:
             entries, chosen = self._compressed(name, layer, x, latent, table, state, positions, frequency, trace)
             keys, allowed = torch.cat((keys, entries)), torch.cat((allowed, chosen), dim=1)
-        out = ops.unrope(ops.attend(query, keys, allowed, self._w(f"{name}.attn_sink")), table)
+        out = self._cast(ops.attend(query, keys, allowed, self._w(f"{name}.attn_sink")))
         if not keep_all:
             state.window.keep_last(c.sliding_window)
-        groups = out.reshape(n, c.o_groups, -1)
+        groups = self._cast(ops.unrope(out, table)).reshape(n, c.o_groups, -1)
         wo_a = self._w(f"{name}.wo_a.weight").unflatten(0, (c.o_groups, c.o_lora_rank))
-        return self._linear(f"{name}.wo_b", torch.einsum("ngi,goi->ngo", groups, wo_a).flatten(1))
+        return self._linear(f"{name}.wo_b", self._cast(torch.einsum("ngi,goi->ngo", groups, wo_a)).flatten(1))
 
     def _stored_row(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A window or entry row as later queries read it, and its stored bytes."""
@@ -214,8 +225,8 @@ class Reference:
         self, name: str, x: torch.Tensor, latent: torch.Tensor, table: Table, keys: Rows
     ) -> torch.Tensor:
         heads, dims = self.config.index_n_heads, self.config.index_head_dim
-        query = ops.rope(self._linear(f"{name}.wq_b", latent).unflatten(-1, (heads, dims)), table)
-        weights = (x @ self._w(f"{name}.weights_proj.weight").T) * (dims**-0.5 * heads**-0.5)
+        query = self._rope(self._linear(f"{name}.wq_b", latent).unflatten(-1, (heads, dims)), table)
+        weights = self._cast(x @ self._w(f"{name}.weights_proj.weight").T) * (dims**-0.5 * heads**-0.5)
         return ops.index_scores(self._stored_index(query)[0], keys.values, weights)
 
     def _select(self, layer: int, scores: torch.Tensor, trace: Trace | None) -> torch.Tensor:
@@ -246,10 +257,10 @@ class Reference:
         if len(state.carry_kv):
             kv, state.carry_kv = _overlapped(kv, state.carry_kv, width)
             gates, state.carry_gate = _overlapped(gates, state.carry_gate, width)
-        rows = ops.rms_norm(ops.pool(kv, gates), self._w(f"{name}.norm.weight"), self._eps)
+        rows = self._norm(self._cast(ops.pool(kv, gates)), f"{name}.norm")
         first = len(state.entries.values)
         table = ops.rope_tables(frequency, torch.arange(first, first + blocks) * ratio)
-        state.entries.append(*stored(ops.rope(rows, table)))
+        state.entries.append(*stored(self._rope(rows, table)))
         return state.entries
 
     def _moe(self, name: str, layer: int, x: torch.Tensor, ids: torch.Tensor, trace: Trace | None) -> torch.Tensor:
@@ -271,7 +282,7 @@ class Reference:
             token, slot = torch.nonzero(experts == expert, as_tuple=True)
             out[token] += self._expert(f"{name}.experts.{expert}", x[token], weights[token, slot], ops.swiglu)
         shared = self._expert(f"{name}.shared_experts", x, torch.ones(len(x)), ops.shared_swiglu)
-        return out + shared
+        return self._cast(out + shared)
 
     def _expert(
         self, name: str, x: torch.Tensor, weight: torch.Tensor,
@@ -279,7 +290,7 @@ class Reference:
     ) -> torch.Tensor:
         """w2(weight · swiglu(w1 x, w3 x)): the routing weight goes in before w2 (and before its rounding)."""
         inner = activation(self._linear(f"{name}.w1", x), self._linear(f"{name}.w3", x), self.config.swiglu_limit)
-        return self._linear(f"{name}.w2", weight[:, None] * inner)
+        return self._linear(f"{name}.w2", self._cast(weight[:, None] * inner))
 
 
 def _overlapped(blocks: torch.Tensor, carry: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
