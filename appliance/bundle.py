@@ -30,7 +30,7 @@ from appliance.manifest import (
 from appliance.model import ModelSpec
 from appliance.state import State
 from appliance.tree import Tree, read_pieces
-from appliance.trust import MAX_METADATA_BYTES, Chain, Read, TrustedRoot, declared_root_version, verify_chain
+from appliance.trust import MAX_METADATA_BYTES, Chain, TrustedRoot, declared_root_version, verify_chain
 
 __all__ = ["BuiltBundle", "BundleWriter", "Chunk", "FileEntry", "Manifest", "ObjectEntry", "VerifiedBundle"]
 
@@ -125,8 +125,7 @@ class VerifiedBundle:
 
 def _open_installed(layout: Layout, bundle_id: str, full: bool) -> VerifiedBundle:
     tree = Tree(layout.models, remedy="install the bundle again")
-    metadata = Tree(layout.metadata(bundle_id), remedy="install the bundle again")
-    chain = verify_chain(stored_root(layout, metadata.read), metadata.read)
+    chain = stored_chain(layout, bundle_id)
     name = f"{bundle_id}.manifest.json"
     data = tree.read(name, MAX_MANIFEST_BYTES)
     chain.check_manifest(data, name)
@@ -146,12 +145,16 @@ def _open_installed(layout: Layout, bundle_id: str, full: bool) -> VerifiedBundl
     return VerifiedBundle(layout.models, manifest, spec, chain, proof=_PROOF)
 
 
-def stored_root(layout: Layout, read: Read) -> TrustedRoot:
-    """The root an installed bundle was verified under; it must still lie in trust/ as it was accepted."""
-    version = declared_root_version(read)
-    name = f"{version}.root.json"
-    data = Tree(layout.trust, remedy="put it back with `solocard trust add`").read(name, MAX_METADATA_BYTES["root"])
-    return TrustedRoot.from_bytes(data, f"trust/{name}")
+def stored_chain(layout: Layout, bundle_id: str) -> Chain:
+    """An installed bundle's metadata, verified from the root it was installed under.
+
+    That root must still lie in trust/ as it was accepted. TrustError or BundleError names the file that fails.
+    """
+    metadata = Tree(layout.metadata(bundle_id), remedy="install the bundle again")
+    name = f"{declared_root_version(metadata.read)}.root.json"
+    trust = Tree(layout.trust, remedy="the bundle was signed under a root this machine does not trust")
+    root = TrustedRoot.from_bytes(trust.read(name, MAX_METADATA_BYTES["root"]), f"trust/{name}")
+    return verify_chain(root, metadata.read)
 
 
 def _check_pool(tree: Tree, manifest: Manifest, full: bool) -> None:

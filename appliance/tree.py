@@ -52,6 +52,10 @@ class Tree:
             raise BundleError(f"{name} in {self.root} is not a regular file; {self.remedy}")
         return os.fdopen(fd, "rb", buffering=0)
 
+    def holds(self, name: str) -> bool:
+        """Whether anything at all has this name, a dangling link too."""
+        return os.path.lexists(self.root / name)
+
     def size_bytes(self, name: str) -> int:
         """Size of a regular file, opened as :meth:`open` does."""
         with self.open(name) as file:
