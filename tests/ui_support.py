@@ -1,4 +1,4 @@
-"""What the console's tests share: a fake admin server on a real unix socket, a fake ``solocard`` on PATH, text goldens."""
+"""What the console's tests share: a fake admin server on a unix socket, a fake ``solocard``, text goldens."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from ui.terminal import Terminal
 GOLDENS = Path(__file__).parent / "ui" / "goldens"
 REWRITE = "SOLOCARD_REWRITE_GOLDENS"  # set to 1 to write the goldens anew, then read the diff
 NEVER_S = 3600.0  # a poll interval no test waits for: tests look by hand
+GOLDEN_HOME = "/srv/solocard/01"
 CELL_PIXELS = 12.2  # width of one cell in textual's SVG
 
 STATUS = Status(
@@ -94,7 +95,7 @@ class FakeAdmin(socketserver.ThreadingUnixStreamServer):
 @contextmanager
 def short_home() -> Iterator[Path]:
     """An appliance folder with a path short enough for a unix socket."""
-    home = Path(tempfile.mkdtemp(prefix="sc-"))
+    home = Path(tempfile.mkdtemp(prefix="sc-", dir="/tmp"))
     (home / "run").mkdir()
     try:
         yield home
@@ -223,14 +224,13 @@ def screen_lines(app: ConsoleApp) -> list[str]:
     return ["".join(row).rstrip() for row in grid]
 
 
-def assert_golden(app: ConsoleApp, name: str, replace: dict[str, str] | None = None) -> None:
+def assert_golden(app: ConsoleApp, name: str) -> None:
     """Compare the screen with ``goldens/<name>.txt``; with SOLOCARD_REWRITE_GOLDENS=1 write that file instead.
 
-    ``replace`` maps text that differs from run to run to text of the same length.
+    The home's random name is replaced by a fixed one of the same length.
     """
     shown = "\n".join(screen_lines(app)) + "\n"
-    for varying, fixed in (replace or {}).items():
-        shown = shown.replace(varying, fixed)
+    shown = shown.replace(str(app.context.home), GOLDEN_HOME)
     path = GOLDENS / f"{name}.txt"
     if os.environ.get(REWRITE) == "1":
         path.write_text(shown, encoding="utf-8")

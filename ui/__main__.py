@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from appliance.config import home
 from appliance.errors import SolocardError, UsageError
 from appliance.wire import ADMIN_SOCKET
 
@@ -45,8 +46,8 @@ def run_console(options: argparse.Namespace) -> int:
     from ui.backend import ConsoleBackend, SocketBackend, read_replay
     from ui.terminal import detect
 
-    home = resolve_home(options.home)
-    socket_path = home / ADMIN_SOCKET
+    where = options.home.absolute() if options.home else home()
+    socket_path = where / ADMIN_SOCKET
     backend: ConsoleBackend = read_replay(options.replay) if options.replay else SocketBackend(socket_path)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the console needs a terminal; the same actions are commands: solocard --help")
@@ -56,17 +57,8 @@ def run_console(options: argparse.Namespace) -> int:
         from ui.context import Context
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed; install solocard with its extra: console") from error
-    ConsoleApp(Context(home, socket_path, backend, terminal)).run()
+    ConsoleApp(Context(where, socket_path, backend, terminal)).run()
     return 0
-
-
-def resolve_home(wanted: Path | None) -> Path:
-    """``wanted``, else SOLOCARD_HOME, else where the product lives for this user."""
-    if wanted is not None:
-        return wanted.absolute()
-    if named := os.environ.get("SOLOCARD_HOME"):
-        return Path(named).absolute()
-    return Path("/var/lib/solocard") if os.geteuid() == 0 else Path.home() / ".local/share/solocard"
 
 
 if __name__ == "__main__":

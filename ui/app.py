@@ -7,6 +7,7 @@ import asyncio
 from textual.app import App
 from textual.events import Resize
 from textual.reactive import reactive
+from textual.theme import Theme
 
 from ui.actions import EVERYWHERE, MODES, Action, bindings
 from ui.backend import AnswerError, ServerDownError
@@ -21,10 +22,16 @@ from ui.screens.toosmall import TooSmallScreen
 from ui.terminal import too_small
 from ui.view import ServerView
 
+CALM = Theme(
+    name="solocard", dark=True, primary="#4d8fd6", accent="#7fb4ea", success="#7cc48a", warning="#e0b050",
+    error="#e07a70", foreground="#d8dde4", background="#11151b", surface="#181d25", panel="#222a35",
+)  # fmt: skip
+
 
 class ConsoleApp(App[None]):
     """``view`` is replaced at every look at the server; the screens watch it."""
 
+    TITLE = "Solocard"
     CSS_PATH = "screens/console.tcss"
     ENABLE_COMMAND_PALETTE = False
     BINDINGS = bindings(EVERYWHERE)
@@ -41,7 +48,8 @@ class ConsoleApp(App[None]):
         self.add_mode("logs", lambda: LogsScreen(context))
 
     def on_mount(self) -> None:
-        self.theme = "ansi-dark" if self.context.terminal.native_colors else "textual-dark"
+        self.register_theme(CALM)
+        self.theme = "ansi-dark" if self.context.terminal.native_colors else CALM.name
         self.animation_level = "none"
         self.switch_mode("overview")
         self.run_worker(self.look_again_and_again(), group="looks")

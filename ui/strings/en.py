@@ -74,7 +74,7 @@ EN = Strings(
     down_body=(
         "Nothing answers at {socket}.\n"
         "\n"
-        "Start it with   solocard-serve   (as the user that owns {home}).\n"
+        "Start it with   solocard serve   as the user that owns {home}.\n"
         "This screen fills by itself once it answers; it looks every {seconds}.\n"
         "\n"
         "The models screen (F2) works without the server."

@@ -29,7 +29,7 @@ class Choice(Widget, can_focus=True):
 
     def render(self) -> Content:
         if self.disabled:
-            return Content.assemble((f"( {self.label} )", "$text-muted"))
+            return Content.assemble((f"( {self.label} )", "dim"))
         return Content(f"[>{self.label}<]" if self.has_focus else f"[ {self.label} ]")
 
     def action_choose(self) -> None:

@@ -16,7 +16,6 @@ from ui.plans import Plan
 from ui.widgets.choice import Choice
 from ui.widgets.section import Section
 
-
 TEXT_CELLS = 74  # inside the dialog's border and padding
 LABEL_CELLS = 12
 

@@ -35,7 +35,7 @@ class RateMeter(Widget):
         shown = self.history[-room:]
         peak = self.strings.peak.format(rate=rate(max(shown, default=0.0)))
         return Content.assemble(
-            fit(self.label, LABEL_CELLS), (value, "bold"), "  ",
+            (fit(self.label, LABEL_CELLS), "dim"), (value, "bold"), "  ",
             (sparkline(shown, room, self.glyphs.spark), "$text-accent"), "  ", fit(peak, PEAK_CELLS),
         )
 
@@ -55,7 +55,7 @@ class BarMeter(Widget):
 
     def render(self) -> Content:
         drawn = bar(self.fraction, BAR_CELLS, self.glyphs.bar_full, self.glyphs.bar_empty)
-        return Content.assemble(fit(self.label, LABEL_CELLS), (drawn, "$text-accent"), f"  {self.caption}")
+        return Content.assemble((fit(self.label, LABEL_CELLS), "dim"), (drawn, "$text-accent"), f"  {self.caption}")
 
 
 class Facts(Widget):
@@ -76,7 +76,7 @@ class Facts(Widget):
         room = max(self.size.width - label_cells, 1)
         ellipsis = self.glyphs.ellipsis
         lines = [
-            Content.assemble((fit(label, label_cells), "$text-muted"), fit(printable(value), room, ellipsis))
+            Content.assemble((fit(label, label_cells), "dim"), fit(printable(value), room, ellipsis))
             for label, value in self.rows
         ]
         return Content("\n").join(lines)

@@ -23,4 +23,4 @@ class Section(Widget):
     def render(self) -> Content:
         rule = self.glyphs.rule
         before, after = rule * 2 + " ", " " + rule * max(self.size.width - cell_width(self.title) - 4, 0)
-        return Content.assemble((before, "$text-muted"), (self.title, "bold"), (after, "$text-muted"))
+        return Content.assemble((before, "dim"), (self.title, "bold"), (after, "dim"))
