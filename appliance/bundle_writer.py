@@ -90,6 +90,11 @@ class BundleWriter:
         self._files[name] = FileEntry(name, hashlib.sha256(data).hexdigest(), len(data))
         return self._files[name]
 
+    def replace_file(self, name: str, data: bytes) -> FileEntry:
+        """Store ``name`` anew; the manifest on disk describes the old bytes until :meth:`finish` is called again."""
+        self._files.pop(name, None)
+        return self.add_file(name, data)
+
     def finish(self, name: str, version: str, release_counter: int, provenance: dict[str, Any]) -> Manifest:
         """Write manifest.json last, everything fsynced; the directory is a bundle from that moment on."""
         manifest = Manifest(

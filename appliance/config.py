@@ -31,10 +31,6 @@ def _setting(default: Any, unit: str, about: str, low: int | None = None, high: 
     return field(default=default, metadata={"unit": unit, "about": about, "low": low, "high": high})
 
 
-def _default_threads() -> int:
-    return max(1, min(2, len(os.sched_getaffinity(0))))
-
-
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """The HTTP server."""
@@ -65,10 +61,7 @@ class KvConfig:
 class EngineConfig:
     """The model's engine."""
 
-    threads: int = field(
-        default_factory=_default_threads,
-        metadata={"unit": "threads", "about": "CPU threads of one operator", "low": 1, "high": 256},
-    )
+    threads: int = _setting(1, "threads", "CPU threads of one operator; 1 lets answers be reused as prompts", 1, 256)
     context_tokens: int = _setting(8192, "tokens", "longest prompt plus answer", 512, 1 << 20)
 
 

@@ -140,4 +140,4 @@ def _outputs(config: ModelConfig, states: tuple[StateTensor, ...]) -> list[onnx.
 
 
 def _dtype(state: StateTensor) -> int:
-    return UINT8 if state.dtype == "u8" else FLOAT
+    return int(UINT8 if state.dtype == "u8" else FLOAT)

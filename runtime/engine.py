@@ -47,7 +47,7 @@ class Sequence:
 class Engine:
     """Runs ``spec`` on ``backend`` for up to ``max_sequences`` sequences of ``context_tokens`` tokens each."""
 
-    reuse_mixed = False  # rows written by a tail or by decode are not reused (docs/ops.md, "Same bits")
+    reuse_mixed = False  # True once runtime.bits has seen that m = 1, a tail and 256 give equal bits here
 
     def __init__(
         self, spec: ModelSpec, backend: Backend, *, context_tokens: int, max_sequences: int = 1
@@ -100,11 +100,13 @@ class Engine:
 
     def prefill(self, seq: Sequence, ids: Ids[int]) -> Logits:
         """Append ``ids`` in ONE call; logits f32 [vocab] after the last of them."""
-        return self.forward(seq, ids, rows=[len(ids) - 1])[0]
+        row: Logits = self.forward(seq, ids, rows=[len(ids) - 1])[0]
+        return row
 
     def decode(self, seq: Sequence, token: int) -> Logits:
         """Append one token; logits f32 [vocab]."""
-        return self.forward(seq, [token], rows=[0])[0]
+        row: Logits = self.forward(seq, [token], rows=[0])[0]
+        return row
 
     def forward(self, seq: Sequence, ids: Ids[int], *, rows: Ids[int]) -> Logits:
         """Append ``ids`` [m ≥ 1] in one call; logits f32 [len(rows), vocab] of the named ones."""
@@ -118,14 +120,12 @@ class Engine:
         return logits
 
     def _feeds(self, seq: Sequence, ids: list[int], rows: Ids[int]) -> dict[str, npt.NDArray[Any]]:
-        start, m, block = seq.n_tokens, len(ids), self.spec.block_tokens
-        table = np.zeros((1, max(-(-(start + m) // block), len(seq.blocks))), np.int32)
-        table[0, : len(seq.blocks)] = seq.blocks  # a padding token past the last block may see block 0: all zeros
+        start, m = seq.n_tokens, len(ids)
         feeds: dict[str, npt.NDArray[Any]] = {
             "ids": np.array([ids], np.int64),
             "pos": np.array([start], np.int64),
             "slots": np.array([seq.slot], np.int32),
-            "block_table": table,
+            "block_table": np.array([seq.blocks], np.int32),  # as many as the real tokens need: width moves bits
             "rows_out": np.array(rows, np.int64),
         }
         at = np.arange(start, start + m, dtype=np.int64)[None]

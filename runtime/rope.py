@@ -19,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 def frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> F32:
     """theta^(−2i/dims), i < dims/2; with ``scaling`` YaRN's ramp between f and f/factor, no amplitude change."""
     exponent = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-    f = (np.float32(1) / np.power(np.float32(theta), exponent)).astype(np.float32)
+    f: F32 = (np.float32(1) / np.power(np.float32(theta), exponent)).astype(np.float32)
     if scaling is None:
         return f
 
@@ -32,7 +32,8 @@ def frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> F32:
     span = np.float32(high - low if high != low else 0.001)
     ramp = np.clip((np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1).astype(np.float32)
     smooth = np.float32(1) - ramp
-    return (f / np.float32(scaling.factor) * (np.float32(1) - smooth) + f * smooth).astype(np.float32)
+    mixed: F32 = (f / np.float32(scaling.factor) * (np.float32(1) - smooth) + f * smooth).astype(np.float32)
+    return mixed
 
 
 class RopeTables:

@@ -92,14 +92,14 @@ def sparse_attention(
         sink = body.reshape("sink", 1, 1, heads, 1)
         highest = [body.op("ReduceMax", scores, body.ints(-1), keepdims=1) for _, scores, _ in parts]
         top = body.op("Max", sink, *highest)
-        output, total = None, body.op("Exp", body.op("Sub", sink, top))
+        output, total = "", body.op("Exp", body.op("Sub", sink, top))
         flat = body.op("Concat", body.op("Shape", "q", end=1), body.op("Mul", body.op("Shape", "q", start=1, end=2),
                        body.ints(heads)), body.ints(-1), axis=0)  # fmt: skip
         for keys, scores, block in parts:
             weights = body.op("Exp", body.op("Sub", scores, top))
             total = body.op("Add", total, _total(body, weights, block))
             product = body.op("MatMul", body.op("Reshape", weights, flat), keys)
-            output = product if output is None else body.op("Add", output, product)
+            output = product if not output else body.op("Add", output, product)
         return [body.op("Div", body.op("Reshape", output, q_shape), total)]
 
     inputs = ["q", "window", "slots", "fresh"]

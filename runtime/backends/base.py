@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from runtime.kv.fingerprint import Arithmetic
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -24,8 +26,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def arithmetic(self) -> Mapping[str, str | int]:
-        """What the bits of an answer depend on besides the bundle: part of the KV fingerprint (design 8)."""
+    def arithmetic(self) -> Arithmetic:
+        """What the bits of an answer depend on besides the bundle; part of the KV fingerprint."""
         ...
 
     def run(self, feeds: Arrays) -> Arrays: ...

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
 
 from appliance.errors import EngineError
+from appliance.model import BLOCK_TOKENS
 from runtime.backends.base import Arrays
+from runtime.kv.fingerprint import Arithmetic, isa_class
 
-BODY_VERSION = 1  # raised when a change of the bodies changes bits
-
-
-def isa_class() -> str:
-    """The widest vector unit MLAS would pick: part of the arithmetic, since sums group by its width."""
-    machine = platform.machine()
-    try:
-        flags = Path("/proc/cpuinfo").read_text("ascii", "replace")
-    except OSError:
-        return machine
-    for flag in ("avx512f", "avx2", "sve", "asimd"):
-        if f" {flag} " in flags.replace("\n", " "):
-            return f"{machine}-{flag}"
-    return machine
+KERNELS = "bodies-1"  # the function bodies of op set version 1
 
 
 class OrtBackend:
@@ -57,11 +44,9 @@ class OrtBackend:
         return "CPU"
 
     @property
-    def arithmetic(self) -> Mapping[str, str | int]:
-        return {
-            "backend": "ort", "ort_version": ort.__version__, "body_version": BODY_VERSION, "isa_class": isa_class(),
-            "threads": self._threads, "chunk_tokens": 256,
-        }  # fmt: skip
+    def arithmetic(self) -> Arithmetic:
+        threads = f"intra={self._threads} inter=1"
+        return Arithmetic("ort", ort.__version__, KERNELS, isa_class(), threads, BLOCK_TOKENS)
 
     def run(self, feeds: Arrays) -> Arrays:
         try:

@@ -1,0 +1,98 @@
+"""``parity`` (torch reference against the engine) and ``logits`` (the engine alone): both run the serving engine."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.bundle import BuiltBundle
+from appliance.errors import EngineError, UsageError
+from exporter.bundle_weights import BundleWeights
+from exporter.engine_process import engine_logits, run_logits
+
+Logits = npt.NDArray[np.float32]
+MAX_ERROR_F32 = 1e-4  # kv-f32: of a logit, every chunking
+MIN_TOP1_V4 = 0.98  # kv-v4 rounds cache rows: a code that flips moves logits, so agreement is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One comparison: largest logit difference, share of equal top-1 tokens, mean KL(reference ‖ engine) in nats."""
+
+    max_error: float
+    top1: float
+    mean_kl: float
+
+    @staticmethod
+    def of(reference: Logits, engine: Logits) -> Parity:
+        p, q = _log_softmax(reference), _log_softmax(engine)
+        kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+        same = float((reference.argmax(-1) == engine.argmax(-1)).mean())
+        return Parity(float(np.abs(reference - engine).max()), same, kl)
+
+    def passed(self, numerics: str) -> bool:
+        return self.max_error <= MAX_ERROR_F32 if numerics == "kv-f32" else self.top1 >= MIN_TOP1_V4
+
+
+def _log_softmax(x: Logits) -> npt.NDArray[np.float64]:
+    wide = x.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    return result
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``parity`` and ``logits``."""
+    parser = commands.add_parser("parity", help="compare a bundle's engine with the torch reference")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--tokens", type=int, default=300, help="length of the random prompt (default: 300)")
+    parser.add_argument("--ids", type=Path, help=".npy of token ids to use instead")
+    parser.set_defaults(func=run_parity)
+    parser = commands.add_parser("logits", help="the engine's logits for token ids", add_help=False)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(func=_run_logits)
+
+
+def _run_logits(args: argparse.Namespace) -> int:
+    run_logits(args.rest)
+    return 0
+
+
+def run_parity(args: argparse.Namespace) -> int:
+    """Exit 0 when every chunking agrees; EngineError with the figures otherwise."""
+    bundle = BuiltBundle.open(args.bundle)
+    reference_logits = _reference()
+    config, numerics = bundle.spec.config, bundle.spec.numerics
+    if args.ids is None:
+        rng = np.random.Generator(np.random.PCG64(7))
+        ids = [int(i) for i in rng.integers(0, config.vocab_size, args.tokens)]
+    else:
+        ids = [int(i) for i in np.load(args.ids, allow_pickle=False).reshape(-1)]
+    expected = reference_logits(BundleWeights(bundle.root, config), config, ids, numerics)
+    failed = []
+    for name, chunks in (("256-token chunks", []), ("5,3,16,1 then 256", [5, 3, 16, 1]), ("one by one", [1] * len(ids))):
+        result = Parity.of(expected, engine_logits(bundle.root, [ids], chunks=chunks)[0])
+        passed = result.passed(numerics)
+        failed += [] if passed else [name]
+        print(
+            f"{name}: max |Δlogit| {result.max_error:.2e}, top-1 {result.top1:.4f}, KL {result.mean_kl:.2e}: "
+            f"{'ok' if passed else 'TOO FAR'}"
+        )
+    if failed:
+        raise EngineError(f"{bundle.bundle_id} ({numerics}) does not agree with the reference: {', '.join(failed)}")
+    return 0
+
+
+def _reference() -> Any:
+    try:
+        from exporter.reference import reference_logits
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError("parity needs torch: pip install 'solocard[distill]' (about 200 MB for the CPU build)") from None
+    return reference_logits

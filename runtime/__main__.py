@@ -1,0 +1,63 @@
+"""``python -m runtime serve | trial | logits``: the engine's three commands; ``solocard-serve`` is the first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from appliance.bundle import VerifiedBundle
+from appliance.config import Config, home
+from appliance.errors import SolocardError
+from runtime import logits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; errors are one line on stderr and the class's exit code."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer library must never look for a network
+    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve the current bundle over HTTP on this machine")
+    serve.set_defaults(func=_serve)
+    trial = commands.add_parser("trial", help="check an installed bundle's golden tokens")
+    trial.add_argument("bundle_id")
+    trial.set_defaults(func=_trial)
+    parity = commands.add_parser("logits", help="write the engine's logits for token ids (unsigned bundles allowed)")
+    logits.add_arguments(parity)
+    parity.set_defaults(func=logits.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.func(args))
+    except SolocardError as error:
+        print(f"solocard: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point ``solocard-serve``."""
+    return main(["serve", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _trial(args: argparse.Namespace) -> int:
+    from runtime.load import load_engine
+    from runtime.trial import run_trial
+
+    bundle = VerifiedBundle.open_installed(home(), args.bundle_id)
+    config = Config.load(home())
+    longest = max((len(g.prompt_ids) + len(g.expected_ids) for g in bundle.spec.goldens), default=2)
+    engine = load_engine(bundle, threads=config.engine.threads, context_tokens=max(longest, 2))
+    print(f"{bundle.bundle_id}: {run_trial(engine)} ({engine.backend.description})")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from runtime.serving import serve_current
+
+    return int(serve_current(home()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

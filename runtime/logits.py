@@ -1,0 +1,100 @@
+"""``python -m runtime logits BUNDLE``: the engine's own logits for given token ids, for parity and golden search.
+
+Takes a built bundle (every object checked against its manifest, then "unsigned" is printed) and opens neither socket
+nor KV store. ``--ids`` is an .npy of token ids [n] or [p, n] (rows end at the first −1); every chunk is one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.bundle import BuiltBundle
+from appliance.errors import UsageError
+from runtime.engine import Engine
+from runtime.load import load_engine
+from runtime.schedule import prompt_calls
+
+Logits = npt.NDArray[np.float32]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="a built bundle's directory")
+    parser.add_argument("--ids", type=Path, required=True, help=".npy of token ids, [n] or [p, n] padded with -1")
+    parser.add_argument("--out", type=Path, required=True, help=".npy to write: f32 [n, vocab] or [p, n, vocab]")
+    parser.add_argument("--chunks", help="tokens per call, e.g. 5,3,16,1 (default: 256 at a time, then the tail)")
+    parser.add_argument("--generate", type=int, default=0, metavar="N", help="append N greedy tokens, decoded singly")
+    parser.add_argument("--threads", type=int, default=1, help="onnxruntime intra-op threads (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0; raises UsageError naming the file or option that is wrong, BundleError for a damaged bundle."""
+    bundle = BuiltBundle.open(args.bundle)
+    print(f"{bundle.bundle_id}: unsigned", file=sys.stderr)
+    prompts, single = read_prompts(args.ids)
+    chunks = parse_chunks(args.chunks)
+    longest = max(len(prompt) for prompt in prompts) + args.generate
+    engine = load_engine(bundle, threads=args.threads, context_tokens=max(longest, 2))
+    results = [sequence_logits(engine, prompt, chunks, args.generate) for prompt in prompts]
+    rows = max(len(result) for result in results)
+    out = np.zeros((len(results), rows, results[0].shape[1]), np.float32)
+    for index, result in enumerate(results):
+        out[index, : len(result)] = result
+    np.save(args.out, out[0] if single else out)
+    print(f"wrote {args.out}: {engine.backend.description}", file=sys.stderr)
+    return 0
+
+
+def read_prompts(path: Path) -> tuple[list[list[int]], bool]:
+    """→ prompts, and whether the file held a single one [n]."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable .npy of token ids ({error})") from None
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
+        raise UsageError(f"{path}: {ids.dtype} {list(ids.shape)}, expected integers [n] or [p, n]")
+    rows = np.atleast_2d(ids).astype(np.int64)
+    prompts = [row[: int(np.argmax(row < 0)) if (row < 0).any() else len(row)].tolist() for row in rows]
+    if not all(prompts):
+        raise UsageError(f"{path}: a prompt is empty")
+    return prompts, ids.ndim == 1
+
+
+def parse_chunks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        chunks = [int(part) for part in text.split(",")]
+    except ValueError:
+        chunks = []
+    if not chunks or min(chunks) < 1:
+        raise UsageError(f"--chunks {text!r}: expected positive numbers like 5,3,16,1")
+    return chunks
+
+
+def sequence_logits(engine: Engine, ids: list[int], chunks: list[int] | None, generate: int) -> Logits:
+    """Logits f32 [len(ids) + generate, vocab]; chunks that end early are followed by calls of 256."""
+    seq, parts = engine.open(), []
+    try:
+        for call in _calls(ids, chunks):
+            parts.append(engine.forward(seq, call, rows=range(len(call))))
+        for _ in range(generate):
+            parts.append(engine.decode(seq, int(parts[-1][-1].argmax()))[None])
+    finally:
+        engine.close(seq)
+    return np.concatenate(parts)
+
+
+def _calls(ids: list[int], chunks: list[int] | None) -> list[list[int]]:
+    if chunks is None:
+        return [list(call) for call in prompt_calls(ids)]
+    calls, at = [], 0
+    for size in chunks:
+        calls.append(ids[at : at + size])
+        at += size
+    calls.extend(list(call) for call in prompt_calls(ids[at:]))
+    return [call for call in calls if call]
