@@ -68,17 +68,18 @@ class Installer:
         """
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory; name the bundle's directory")
-        with change_lock(self.home), disk_errors(self.home):
+        with disk_errors(self.home), change_lock(self.home):
             try:
-                outcome = self._install(directory)
+                with disk_errors(self.home):
+                    outcome = self._install(directory)
             except SolocardError as error:
-                self._journal.append("refused", source=str(directory), error=str(error))
+                self._log_refusal(directory, error)
                 raise
         return self._hand_over(outcome)
 
     def activate(self, bundle_id: str) -> Outcome:
         """Make an installed bundle current: verified again, tried, switched. TrustError below the security floor."""
-        with change_lock(self.home), disk_errors(self.home):
+        with disk_errors(self.home), change_lock(self.home):
             floors = self._recover()
             state = self._state_or_empty()
             bundle = VerifiedBundle.open_installed(self.home, bundle_id)
@@ -103,7 +104,7 @@ class Installer:
 
     def remove(self, bundle_id: str) -> int:
         """Delete an installed bundle that is neither current nor previous; bytes freed."""
-        with change_lock(self.home), disk_errors(self.home):
+        with disk_errors(self.home), change_lock(self.home):
             self._recover()
             state = State.read(self.home)
             if bundle_id in (state.current, state.previous):
@@ -225,6 +226,13 @@ class Installer:
 
     def _server_runs(self) -> bool:
         return self.layout.serve_pid.exists()
+
+    def _log_refusal(self, directory: Path, error: SolocardError) -> None:
+        """Nothing was changed, so the refusal itself is what a person must see, even when the journal is full."""
+        try:
+            self._journal.append("refused", source=str(directory), error=str(error)[-1000:])
+        except StoreError as unlogged:
+            self._say("journal", str(unlogged))
 
     def _raise_floors(self, manifest: Manifest, chain: Chain) -> Floors:
         floors = Floors.read(self.home) or Floors()

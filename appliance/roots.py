@@ -10,6 +10,7 @@ from appliance.floors import Floors
 from appliance.journal import Journal
 from appliance.layout import Layout
 from appliance.lock import change_lock
+from appliance.store import disk_errors
 from appliance.tree import Tree
 from appliance.trust import MAX_METADATA_BYTES, TrustedRoot
 
@@ -36,7 +37,7 @@ def add_root(home: Path, root: TrustedRoot, source: Path, *, reset: bool = False
     Beside a root already trusted only its successor, signed by it, is taken; ``reset`` forgets the old root and every
     version floor instead, and that is journaled. TrustError otherwise.
     """
-    with change_lock(home):
+    with disk_errors(home), change_lock(home):
         floors = None if reset else Floors.read(home)
         if floors is not None and floors.root_version > 0:
             current = trusted_root(home, floors)

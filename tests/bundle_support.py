@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from appliance.bundle import BundleWriter
+from appliance.bundle import BundleWriter, VerifiedBundle
+from appliance.errors import TrialError
+from appliance.floors import Floors
+from appliance.install import Installer, Outcome
 from appliance.manifest import Manifest
 from appliance.model import Golden, ModelConfig, ModelSpec, Profile, RopeScaling, state_tensors
+from appliance.roots import add_root
+from appliance.state import State
+from appliance.trust import TrustedRoot
+from appliance.wire import Progress
+from exporter.signing import new_keys, sign
 
 
 def config() -> ModelConfig:
@@ -40,3 +48,56 @@ def build(out: Path, *, counter: int = 1, seed: int = 0, tokenizer: bool = True)
     if tokenizer:
         writer.add_file("tokenizer.json", b'{"version":"1.0"}')
     return writer.finish("sample", f"1.{counter}", counter, {"seed": seed})
+
+
+class Desk:
+    """A release desk: one set of keys, bundles built and signed below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.keys = folder, folder / "keys"
+        self.root = new_keys(self.keys)
+
+    def release(self, counter: int, *, name: str = "", seed: int | None = None, **signing) -> Path:
+        """A signed bundle directory; equal seeds give equal bytes."""
+        out = self.folder / (name or f"release-{counter}")
+        build(out, counter=counter, seed=counter if seed is None else seed)
+        sign(out, self.keys, **signing)
+        return out
+
+
+class Machine:
+    """An appliance in a folder, its trial replaced by a Python function; ``steps`` collects what it reported."""
+
+    def __init__(self, home: Path, root: TrustedRoot | None = None) -> None:
+        self.home = home
+        self.steps: list[Progress] = []
+        self.tried: list[str] = []
+        self.trial_error = ""
+        if root is not None:
+            add_root(home, root, Path("root.json"))
+
+    def installer(self) -> Installer:
+        return Installer(self.home, self.steps.append, trial=self._trial)
+
+    def install(self, stick: Path) -> Outcome:
+        return self.installer().install(stick)
+
+    @property
+    def state(self) -> State:
+        return State.read(self.home)
+
+    @property
+    def floors(self) -> Floors | None:
+        return Floors.read(self.home)
+
+    def _trial(self, home: Path, bundle_id: str, timeout_s: int) -> str:
+        VerifiedBundle.open_installed(home, bundle_id)
+        self.tried.append(bundle_id)
+        if self.trial_error:
+            raise TrialError(self.trial_error)
+        return "1 golden, 1 token: all as recorded"
+
+
+def files_of(folder: Path) -> list[str]:
+    """Relative names of every file below, sorted."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
