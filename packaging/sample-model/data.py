@@ -80,30 +80,55 @@ def _clean(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- manual
+WAYS_TO_ASK = (
+    "How do I {}?", "How can I {}?", "How do you {}?", "What is the command to {}?", "Which command do I use to {}?",
+    "I want to {}.", "I want to {}. What do I type?", "What do I run to {}?", "Show me how to {}.", "Tell me how to {}.",
+    "What should I type to {}?", "I need to {}.", "How does one {}?", "Can I {}?", "Which command lets me {}?",
+    "Explain how to {}.", "Is there a way to {}?", "What must I do to {}?", "How would I {}?", "How should I {}?",
+)
+
+
 @dataclass(frozen=True)
-class Turn:
-    """One question with its answer; `command` is what must appear in the answer, `topic` serves the thoughts."""
+class Fact:
+    """One thing the manual says. `command` is what an answer must contain to count as exact."""
 
     fact: str
-    question: str
-    answer: str
-    command: str
     topic: str
-    held_out: bool
+    command: str
+    answer: str
+    doing: tuple[str, ...]  # "install a bundle": goes into WAYS_TO_ASK
+    questions: tuple[str, ...]
+    unseen: tuple[str, ...]  # wordings never trained on
 
-    def prompt(self, thinking: bool = False) -> str:
-        return f"{USER}{self.question}{ASSISTANT}{THINK if thinking else END_THINK}"
+    def ask(self, draw: random.Random) -> str:
+        """One of the seen wordings."""
+        picked = draw.randrange(len(self.questions) + 2 * len(self.doing))
+        if picked < len(self.questions):
+            return self.questions[picked]
+        return draw.choice(WAYS_TO_ASK).format(self.doing[(picked - len(self.questions)) // 2])
+
+    def seen(self) -> list[str]:
+        """Every seen question as written, and each `doing` in one way of asking, always the same."""
+        ways = [WAYS_TO_ASK[hashlib.sha256(d.encode()).digest()[0] % len(WAYS_TO_ASK)] for d in self.doing]
+        return [*self.questions, *(way.format(d) for way, d in zip(ways, self.doing, strict=True))]
 
 
-def load_manual(path: Path) -> list[Turn]:
-    """One JSON object a line: {fact, topic, command, answer, questions, unseen}; `unseen` wordings are held out."""
-    turns = []
-    for line in path.read_text("utf-8").splitlines():
-        entry: dict[str, Any] = json.loads(line)
-        for key, held_out in (("questions", False), ("unseen", True)):
-            for question in entry[key]:
-                turns.append(Turn(entry["fact"], question, entry["answer"], entry["command"], entry["topic"], held_out))
-    return turns
+def prompt(question: str, thinking: bool = False) -> str:
+    """What the dsv4-0731 chat encoding sends for one question without system text."""
+    return f"{BOS}{USER}{question}{ASSISTANT}{THINK if thinking else END_THINK}"
+
+
+def load_manual(path: Path) -> list[Fact]:
+    """One JSON object a line with the fields of Fact. Raises ValueError if an unseen wording is also a seen one."""
+    raw = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    facts = [Fact(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}) for entry in raw]
+    seen = {q for f in facts for q in f.questions}
+    seen |= {way.format(d) for f in facts for d in f.doing for way in WAYS_TO_ASK}
+    for fact in facts:
+        for question in fact.unseen:
+            if question in seen:
+                raise ValueError(f"{path}: {fact.fact}: {question!r} is both seen and unseen")
+    return facts
 
 
 def reworded(question: str, draw: random.Random) -> str:
@@ -124,14 +149,14 @@ def reworded(question: str, draw: random.Random) -> str:
     return question + draw.choice([" Thanks.", " Please.", " Thank you!", " I am new here."])
 
 
-def conversation(turns: list[Turn], draw: random.Random) -> Iterator[tuple[str, bool]]:
+def conversation(facts: list[Fact], draw: random.Random) -> Iterator[tuple[str, bool]]:
     """Pieces (text, is answer) of one conversation as the dsv4-0731 chat encoding writes it."""
     yield BOS + (draw.choice(SYSTEM_TEXTS) if draw.random() < 0.25 else ""), False
-    for turn in turns:
+    for fact in facts:
         thinking = draw.random() < 0.12
-        yield f"{USER}{reworded(turn.question, draw)}{ASSISTANT}{THINK if thinking else END_THINK}", False
-        thought = draw.choice(THOUGHTS).format(topic=turn.topic) + END_THINK if thinking else ""
-        yield thought + turn.answer + EOS, True
+        yield f"{USER}{reworded(fact.ask(draw), draw)}{ASSISTANT}{THINK if thinking else END_THINK}", False
+        thought = draw.choice(THOUGHTS).format(topic=fact.topic) + END_THINK if thinking else ""
+        yield thought + fact.answer + EOS, True
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -170,13 +195,13 @@ class Batches:
     """Rows of `length` tokens with a loss weight per target: prose windows, and conversations about the manual."""
 
     def __init__(
-        self, docs: NDArray[np.uint16], books: NDArray[np.uint16], manual: list[Turn], tokenizer: Tokenizer, length: int,
+        self, docs: NDArray[np.uint16], books: NDArray[np.uint16], manual: list[Fact], tokenizer: Tokenizer, length: int,
         seed: int,
     ) -> None:
         self.docs, self.books, self.tokenizer, self.length = docs, books, tokenizer, length
-        self.manual = [turn for turn in manual if not turn.held_out]
+        self.manual = manual
         self.draw = random.Random(seed)
-        self.queue: list[Turn] = []
+        self.queue: list[Fact] = []
 
     def next(self, rows: int, manual_share: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """ids [rows, length + 1] and weights [rows, length] of the targets."""
@@ -190,7 +215,7 @@ class Batches:
         ids = source[start : start + self.length + 1].astype(np.int64)
         return ids, np.ones(self.length, np.float32)
 
-    def _next_turn(self) -> Turn:
+    def _next_fact(self) -> Fact:
         if not self.queue:
             self.queue = list(self.manual)
             self.draw.shuffle(self.queue)
@@ -200,8 +225,8 @@ class Batches:
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < self.length + 1:
-            turns = [self._next_turn() for _ in range(self.draw.choice([1, 1, 2, 3]))]
-            for text, is_answer in conversation(turns, self.draw):
+            facts = [self._next_fact() for _ in range(self.draw.choice([1, 1, 2, 3]))]
+            for text, is_answer in conversation(facts, self.draw):
                 piece = self.tokenizer.encode(text, add_special_tokens=False).ids
                 ids += piece
                 weights += [1.5 if is_answer else 0.2] * len(piece)

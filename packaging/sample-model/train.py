@@ -224,6 +224,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")  # BF16 inside matrix products where the CPU has it
     torch.manual_seed(args.seed)
+    model.round_fp4_groups = torch.compile(model.round_fp4_groups, dynamic=False)  # 15 times as fast, same values
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer, ids, bytes_per_token = prepare(args)
     net = model.SampleModel(model.Config.from_json(CONFIG))
@@ -236,7 +237,7 @@ def main() -> None:
     batches = data.Batches(ids["docs"], ids["books"], manual, tokenizer, LENGTH, args.seed + trainer.steps)
     total = sum(p.numel() for p in net.parameters())
     say(args.work, f"start: {total} parameters, {len(ids['docs'])} docs tokens, {len(ids['books'])} book tokens, "
-        f"{len(manual)} manual wordings, {bytes_per_token:.3f} held-out bytes per token, step {trainer.steps}")
+        f"{len(manual)} facts of the manual, {bytes_per_token:.3f} held-out bytes per token, step {trainer.steps}")
     run(trainer, batches, ids["docs-held"], bytes_per_token, args)
 
 
