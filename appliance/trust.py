@@ -152,9 +152,10 @@ def verify_chain(root: TrustedRoot, read: Read) -> Chain:
 
 def declared_root_version(read: Read) -> int:
     """Root version the snapshot says it was signed under, read before anything is verified; only a hint of a name."""
-    timestamp = parse_metadata(read("timestamp.json", MAX_METADATA_BYTES["timestamp"]), Timestamp, "timestamp.json")
-    name = f"{timestamp.signed.snapshot_meta.version}.snapshot.json"
-    snapshot = parse_metadata(read(name, MAX_METADATA_BYTES["snapshot"]), Snapshot, name)
+    data = read("timestamp.json", MAX_METADATA_BYTES["timestamp"])
+    stamp = parse_metadata(data, Timestamp, "metadata/timestamp.json")
+    name = f"{stamp.signed.snapshot_meta.version}.snapshot.json"
+    snapshot = parse_metadata(read(name, MAX_METADATA_BYTES["snapshot"]), Snapshot, f"metadata/{name}")
     return _meta(snapshot.signed, "root.json", name).version
 
 

@@ -17,7 +17,14 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from appliance.errors import BundleError, TrustError
 from appliance.tree import Tree
-from appliance.trust import MAX_METADATA_BYTES, MAX_ROOT_ROTATIONS, Chain, TrustedRoot, verify_chain
+from appliance.trust import (
+    MAX_METADATA_BYTES,
+    MAX_ROOT_ROTATIONS,
+    Chain,
+    TrustedRoot,
+    declared_root_version,
+    verify_chain,
+)
 
 _BASE = "stick:///"
 
@@ -42,6 +49,7 @@ def read_release(stick: Tree, trusted: TrustedRoot) -> Release:
             f"metadata/{own} is not the root trusted here (fingerprint {trusted.fingerprint[:16]}…): it is damaged, or "
             "the bundle comes from someone this machine does not trust"
         )
+    _require_roots(fetcher, trusted.version, declared_root_version(fetcher.read))
     _run_updater(fetcher, trusted)
     roots, last = [], trusted
     while f"{last.version + 1}.root.json" in fetcher.seen:
@@ -49,6 +57,14 @@ def read_release(stick: Tree, trusted: TrustedRoot) -> Release:
         last = last.successor(fetcher.seen[name], f"metadata/{name}")
         roots.append(last)
     return Release(verify_chain(last, fetcher.read), tuple(roots))
+
+
+def _require_roots(fetcher: _TreeFetcher, trusted: int, declared: int) -> None:
+    """A stick signed under a newer root must carry every root on the way; the Updater would only stop early."""
+    if declared > trusted + MAX_ROOT_ROTATIONS:
+        raise TrustError(f"metadata/ names root version {declared}, too far from version {trusted} trusted here")
+    for version in range(trusted + 1, declared + 1):
+        fetcher.read(f"{version}.root.json", MAX_METADATA_BYTES["root"])
 
 
 def _run_updater(fetcher: _TreeFetcher, trusted: TrustedRoot) -> None:
