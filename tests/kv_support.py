@@ -153,10 +153,10 @@ class FaultIo(Io):
         super().pwrite(fd, data, offset)
         self.after()
 
-    def pread(self, fd: int, size_bytes: int, offset: int) -> bytes:
-        if self._call("pread"):
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        if self._call("preadv"):
             self.fail()
-        return super().pread(fd, size_bytes, offset)
+        return super().preadv(fd, buffer, offset)
 
     def fdatasync(self, fd: int) -> None:
         if self._call("fdatasync"):

@@ -80,7 +80,7 @@ def seal(header: RecordHeader, payload: bytes, cipher: AESGCM) -> bytes:
     return b"".join((packed, cipher.encrypt(header.nonce, payload, packed))).ljust(record_bytes(len(payload)), b"\0")
 
 
-def unseal(header: RecordHeader, raw: bytes, cipher: AESGCM) -> bytes:
+def unseal(header: RecordHeader, raw: bytes | memoryview, cipher: AESGCM) -> bytes:
     """The payload of ``raw``, which must be the record that ``header`` describes; else StoreError."""
     packed = header.pack()
     if len(raw) != record_bytes(header.payload_bytes):

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from appliance.errors import BusyError, StoreError
 from runtime.kv.record import ALIGN_BYTES, EPOCH_BYTES
 
 SEGMENT_BYTES = 256 * 1024 * 1024
+_READ_AHEAD = 8  # records, at least, that the system is told of before they are read
 _log = logging.getLogger("solocard.kv")
 
 
@@ -32,8 +33,8 @@ class Io:
         while done < len(view):
             done += os.pwrite(fd, view[done:], offset + done)
 
-    def pread(self, fd: int, size_bytes: int, offset: int) -> bytes:
-        return os.pread(fd, size_bytes, offset)
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
@@ -182,18 +183,28 @@ class Segments:
 
 
 class Reader:
-    """Reads records of one lookup, keeping each segment open once."""
+    """Reads the records of one lookup into one buffer, telling the system ahead what comes next."""
 
     def __init__(self, segments: Segments, io: Io) -> None:
         self._segments, self._io = segments, io
         self._fds: dict[int, int] = {}
+        self._buffer = bytearray()
 
-    def read(self, segment: int, offset: int, size_bytes: int) -> bytes:
-        """``size_bytes`` from ``offset``, fewer at the end of the file; raises OSError."""
-        return self._io.pread(self._fd(segment), size_bytes, offset)
+    def stream(self, places: Sequence[tuple[int, int, int]]) -> Iterator[memoryview]:
+        """The bytes of each (segment, offset, size) in turn, fewer at the end of a file.
 
-    def expect(self, segment: int, offset: int, size_bytes: int) -> None:
-        """Tell the system that this range will be read soon, so that reading runs ahead of decrypting."""
+        A view is good until the next one is asked for. OSError comes with the place it is about.
+        """
+        for i, (segment, offset, size_bytes) in enumerate(places):
+            if i % _READ_AHEAD == 0:
+                for ahead in places[i : i + 2 * _READ_AHEAD]:
+                    self._expect(*ahead)
+            if len(self._buffer) < size_bytes:
+                self._buffer = bytearray(size_bytes)
+            view = memoryview(self._buffer)[:size_bytes]
+            yield view[: self._io.preadv(self._fd(segment), view, offset)]
+
+    def _expect(self, segment: int, offset: int, size_bytes: int) -> None:
         try:
             os.posix_fadvise(self._fd(segment), offset, size_bytes, os.POSIX_FADV_WILLNEED)
         except OSError as error:

@@ -29,7 +29,6 @@ from runtime.kv.record import KEY_GENERATION, Kind, RecordHeader, record_bytes, 
 from runtime.kv.segment import SEGMENT_BYTES, Io, Reader, Segments, lock_directory
 
 _OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
-_READ_AHEAD = 8  # records asked for ahead of the one being decrypted
 Rows = dict[tuple[bytes, Kind], Row]
 _log = logging.getLogger("solocard.kv")
 
@@ -187,41 +186,35 @@ class KvStore:
                 state = _live(rows, chain[count - 1], Kind.CHECKPOINT)
                 if count > reach or state is None:
                     continue
-                checkpoint = self._read(reader, keys, rows, state)
-                if checkpoint is None:
+                checkpoint = self._read(reader, keys, rows, [state])
+                if not checkpoint:
                     continue
-                if self._extend(reader, keys, rows, chain[:count], blocks):
-                    return count, blocks[:count], checkpoint
+                wanted = [rows[link, Kind.BLOCK] for link in chain[len(blocks) : count]]
+                blocks += self._read(reader, keys, rows, wanted)
+                if len(blocks) >= count:
+                    return count, blocks[:count], checkpoint[0]
                 reach = len(blocks)
         return 0, [], None
 
-    def _extend(self, reader: Reader, keys: TenantKeys, rows: Rows, chain: list[bytes], blocks: list[bytes]) -> bool:
-        """Read the blocks of ``chain`` that ``blocks`` lacks; False at the first damaged one."""
-        for i in range(len(blocks), len(chain)):
-            if i % _READ_AHEAD == 0:
-                for link in chain[i : i + 2 * _READ_AHEAD]:
-                    ahead = rows[link, Kind.BLOCK]
-                    reader.expect(ahead.segment, ahead.offset, ahead.size_bytes)
-            payload = self._read(reader, keys, rows, rows[chain[i], Kind.BLOCK])
-            if payload is None:
-                return False
-            blocks.append(payload)
-        return True
+    def _read(self, reader: Reader, keys: TenantKeys, rows: Rows, wanted: list[Row]) -> list[bytes]:
+        """The payloads of ``wanted`` up to the first that is not what row and keys say; that one is set aside."""
+        payloads: list[bytes] = []
+        stream = reader.stream([(r.segment, r.offset, record_bytes(self._payload_bytes(r.kind))) for r in wanted])
+        for row in wanted:
+            try:
+                payloads.append(unseal(self._header(keys, row), next(stream), keys.cipher))
+            except (OSError, StoreError) as error:
+                _log.warning("KV record set aside in segment %04d: %s", row.segment, error)
+                self._set_aside(rows, row)
+                break
+        return payloads
 
-    def _read(self, reader: Reader, keys: TenantKeys, rows: Rows, row: Row) -> bytes | None:
-        """One record's payload; a record that is not what the row and the keys say is marked damaged."""
-        header = self._header(keys, row)
-        try:
-            raw = reader.read(row.segment, row.offset, record_bytes(header.payload_bytes))
-            return unseal(header, raw, keys.cipher)
-        except (OSError, StoreError) as error:
-            _log.warning("KV record set aside in segment %04d: %s", row.segment, error)
+    def _set_aside(self, rows: Rows, row: Row) -> None:
         rows[row.chain, row.kind] = dataclasses.replace(row, damaged=1)
         try:
             self._index.mark_damaged(row)
         except sqlite3.Error as error:
             _log.warning("KV index: the damaged record stays listed (%s)", error)
-        return None
 
     def _why(self, keys: TenantKeys, ids: Sequence[int], chain: list[bytes], rows: Rows, count: int) -> str:
         """Why the boundary ``len(chain)`` was not reached when ``count`` blocks were found."""

@@ -312,7 +312,7 @@ def test_a_segment_that_disappears_while_running(tmp_path):
 
 def test_a_reading_error_is_a_miss(tmp_path):
     _stored(tmp_path)
-    store = open_store(tmp_path / "kv", io=FaultIo(1, OSError(errno.EIO, "bad sector"), only="pread"))
+    store = open_store(tmp_path / "kv", io=FaultIo(1, OSError(errno.EIO, "bad sector"), only="preadv"))
     assert_miss(store, 0, 600, "corrupt")
     assert store.status().writing
     store.close()
