@@ -53,6 +53,7 @@ class Reference:
     def __init__(self, weights: Weights, config: ModelConfig, *, act_sim: bool = False, kv_sim: bool = False) -> None:
         self.config, self.act_sim, self.kv_sim = config, act_sim, kv_sim
         self._weights, self._tensors = weights, dict[str, torch.Tensor]()
+        self._frequencies = dict[bool, torch.Tensor]()
         self._eps = config.rms_norm_eps
 
     @classmethod
@@ -163,7 +164,10 @@ class Reference:
         return self.config.compress_ratios[layer] if layer < self.config.num_hidden_layers else 0
 
     def _frequency(self, compressed: bool) -> torch.Tensor:
-        return torch.from_numpy(rope_tables.frequencies(self.config, compressed=compressed))
+        if compressed not in self._frequencies:
+            table = rope_tables.frequencies(self.config, compressed=compressed)
+            self._frequencies[compressed] = torch.from_numpy(table)
+        return self._frequencies[compressed]
 
     def _attention(
         self, block: str, layer: int, x: torch.Tensor, state: LayerState, start: int, keep_all: bool,
