@@ -54,10 +54,10 @@ class Outcome:
 class Installer:
     """Changes which model is installed and current below ``home``; one change at a time, each journaled."""
 
-    def __init__(self, home: Path, report: Report, *, trial: Trial = run_trial) -> None:
+    def __init__(self, home: Path, report: Report, *, trial: Trial | None = None) -> None:
         self.home, self.layout = home, Layout(home)
         self.config = Config.load(home)
-        self._report, self._trial = report, trial
+        self._report, self._trial = report, trial or run_trial
         self._journal, self._pool = Journal(home), Pool(home)
         self._start = time.monotonic()
 
