@@ -12,8 +12,9 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from html import unescape
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -91,6 +92,9 @@ class FakeAdmin(socketserver.ThreadingUnixStreamServer):
         self.raw: tuple[int, bytes] | None = None
         self.asked: list[str] = []
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A console that hangs up in the middle of an answer is part of the tests."""
+
 
 @contextmanager
 def short_home() -> Iterator[Path]:
@@ -151,18 +155,19 @@ class FakeSolocard:
 
 
 _PROGRAM = """
-    import json, os, pathlib, sys, time
+    import json, pathlib, sys, time
     here = pathlib.Path(__file__).parent
-    arguments = [a for a in sys.argv[1:] if a != "--json"]
+    home, arguments = sys.argv[1:3], [a for a in sys.argv[3:] if a != "--json"]
     with (here / "called.jsonl").open("a") as notes:
         notes.write(json.dumps(arguments) + "\\n")
     def say(step, message, **more):
         print(json.dumps({"step": step, "message": message, **more}), flush=True)
-    if "--json" not in sys.argv or not os.environ.get("SOLOCARD_HOME"):
-        sys.exit("solocard: called without --json or SOLOCARD_HOME")
+    if "--json" not in sys.argv or home[0] != "--home" or not pathlib.Path(home[1], "run").is_dir():
+        sys.exit("solocard: called without --json or --home")
     if (here / "fail.json").exists():
         message, code = json.loads((here / "fail.json").read_text())
-        print(message, file=sys.stderr)
+        say("error", message, done=True, ok=False, data={"exit_code": code})
+        print("solocard: " + message, file=sys.stderr)
         sys.exit(code)
     bundles = json.loads((here / "bundles.json").read_text())
     if arguments[0] != "list":
@@ -174,9 +179,10 @@ _PROGRAM = """
         for b in bundles:
             b["previous"], b["current"] = b["current"], b["bundle_id"] == wanted
         (here / "bundles.json").write_text(json.dumps(bundles))
-        say("done", "in service: " + wanted, done=True, ok=True)
+        restart = {"outcome": "down", "message": "no server is running", "downtime_s": 0.0}
+        say(arguments[0], wanted + " is current", done=True, ok=True, data={"restart": restart})
     else:
-        say("list", f"{len(bundles)} bundles", done=True, ok=True, data={"bundles": bundles})
+        say("list", f"{len(bundles)} bundles", done=True, ok=True, data={"bundles": bundles, "problem": ""})
 """
 
 
@@ -191,9 +197,15 @@ def console(
     return ConsoleApp(Context(home, socket_path, chosen, terminal, poll_s=poll_s))
 
 
+def open_console(app: ConsoleApp, size: tuple[int, int]) -> AbstractAsyncContextManager[Any]:
+    """Run ``app`` without a terminal, ``size`` = (columns, rows); passing notices are drawn as on a terminal."""
+    return app.run_test(size=size, notifications=True)
+
+
 async def until(pilot: Any, condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
     """Let the application work until ``condition`` holds."""
-    for _ in range(int(timeout_s / 0.01)):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
         if condition():
             await pilot.pause()
             return

@@ -16,7 +16,8 @@ class ListError(SolocardError):
 
 @dataclass(frozen=True, slots=True)
 class BundleRow:
-    """One installed bundle; ``current`` is in service, ``previous`` is where a roll back goes."""
+    """One installed bundle; ``current`` is in service, ``previous`` is where a roll back goes;
+    ``trial`` is being tried."""
 
     bundle_id: str
     name: str
@@ -25,6 +26,7 @@ class BundleRow:
     size_bytes: int
     current: bool
     previous: bool
+    trial: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class BundleList:
     """Installed bundles, newest release first."""
 
     rows: tuple[BundleRow, ...] = ()
+    problem: str = ""  # what `solocard list` found wrong with its own state
 
     @property
     def current(self) -> BundleRow | None:
@@ -52,7 +55,7 @@ def read_bundles(data: dict[str, Any]) -> BundleList:
         raise ListError("solocard list --json: data.bundles is not a list; console and appliance differ in version")
     rows = [_read_row(n, raw) for n, raw in enumerate(listed[:MAX_BUNDLES])]
     rows.sort(key=lambda row: (-row.release_counter, row.bundle_id))
-    return BundleList(tuple(rows))
+    return BundleList(tuple(rows), str(data.get("problem") or ""))
 
 
 def _read_row(number: int, raw: Any) -> BundleRow:
@@ -61,7 +64,7 @@ def _read_row(number: int, raw: Any) -> BundleRow:
         raise ListError(f"{where} is not an object; console and appliance differ in version")
     values: dict[str, Any] = {}
     for field, kind in BundleRow.__annotations__.items():
-        value = raw.get(field)
+        value = raw.get(field, False if field == "trial" else None)
         if type(value).__name__ != kind:
             raise ListError(f"{where}.{field} is {value!r}, not {kind}; console and appliance differ in version")
         values[field] = value

@@ -1,28 +1,33 @@
 """Acting: the console runs ``solocard … --json`` as a child process and reads its progress lines.
 
-The command a person sees is the command that runs; the same line typed in a shell does the same.
+The line a person sees is the line that runs. The child writes into an unlinked file, not a pipe, and has a session of
+its own: when the console's SSH line drops, the command goes on to its end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from appliance.config import home as usual_home
 from appliance.errors import SolocardError
 from appliance.wire import Progress
 
-MAX_LINE_BYTES = 4 * 1024 * 1024
-MAX_ERROR_BYTES = 64 * 1024
 PROGRAM = "solocard"
+MAX_OUTPUT_BYTES = 16 * 1024 * 1024
+MAX_ERROR_BYTES = 64 * 1024
+LOOK_S = 0.03  # between two looks at the child's output
 
 
 class CommandError(SolocardError):
@@ -37,12 +42,20 @@ class Command:
     home: Path
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """What follows ``solocard``; the home is named only where this shell would choose another."""
+        named = () if self.home == usual_home() else ("--home", str(self.home))
+        return (*named, *self.arguments)
+
+    @property
     def shown(self) -> str:
-        """The line a person can type; SOLOCARD_HOME is part of it unless the person's shell has it already."""
-        line = shlex.join((PROGRAM, *self.arguments, "--json"))
-        if os.environ.get("SOLOCARD_HOME") == str(self.home):
-            return line
-        return f"SOLOCARD_HOME={shlex.quote(str(self.home))} {line}"
+        """The line that runs, as a person would type it."""
+        return f"{self.line} --json"
+
+    @property
+    def line(self) -> str:
+        """As ``shown``, for a person who wants words instead of JSON."""
+        return shlex.join((PROGRAM, *self.words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +72,33 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """One line for a person."""
-        if self.error and not self.ok:
+        """One line for a person: the last line's message, and what became of the server; else what stderr said."""
+        if self.last is not None and self.last.done and self.last.message:
+            restart = self.last.data.get("restart")
+            more = restart.get("message") if isinstance(restart, dict) else None
+            return f"{self.last.message}; {more}" if more else self.last.message
+        if self.error:
             return self.error.splitlines()[-1]
-        if self.last is not None and self.last.message:
-            return self.last.message
-        return f"{PROGRAM} ended with exit code {self.exit_code}"
+        return f"{PROGRAM} ended with exit code {self.exit_code} and said nothing"
 
 
-async def run(command: Command, on_progress: Callable[[Progress], None]) -> Outcome:
-    """Run ``command`` to its end; ``on_progress`` gets each line as it comes. Raises CommandError.
-
-    The child has a session of its own: a dropped SSH line does not interrupt it.
-    """
-    try:
-        child = await asyncio.create_subprocess_exec(
-            executable(), *command.arguments, "--json",
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "SOLOCARD_HOME": str(command.home)}, start_new_session=True, limit=MAX_LINE_BYTES,
-        )
-    except OSError as error:
-        raise CommandError(f"{PROGRAM} cannot be started: {error}") from error
-    if child.stdout is None or child.stderr is None:
-        raise CommandError(f"{PROGRAM} was started without pipes")
-    errors = asyncio.ensure_future(_tail(child.stderr))
-    try:
-        last = await _read_progress(child.stdout, on_progress)
-    finally:
-        await _tail(child.stdout)  # a child must never wait for a reader that gave up
-        error_text = await errors
-        exit_code = await child.wait()
-    return Outcome(exit_code, last, error_text.strip())
+def run(command: Command, on_progress: Callable[[Progress], None]) -> Outcome:
+    """Run ``command`` to its end, in this thread; ``on_progress`` gets each line as it comes. Raises CommandError."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            child = subprocess.Popen(
+                (executable(), *command.words, "--json"), stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise CommandError(f"{PROGRAM} cannot be started: {error}") from error
+        last = None
+        for line in _lines(child, output):
+            last = read_progress(line)
+            on_progress(last)
+        size_bytes = os.fstat(errors.fileno()).st_size
+        said = os.pread(errors.fileno(), MAX_ERROR_BYTES, max(size_bytes - MAX_ERROR_BYTES, 0))
+    return Outcome(child.returncode, last, said.decode(errors="replace").strip())
 
 
 def executable() -> str:
@@ -103,25 +112,22 @@ def executable() -> str:
     return found
 
 
-async def _read_progress(
-    stream: asyncio.StreamReader, on_progress: Callable[[Progress], None]
-) -> Progress | None:
-    last = None
-    try:
-        async for line in stream:
-            if text := line.decode(errors="replace").strip():
-                last = read_progress(text)
-                on_progress(last)
-    except ValueError as error:  # a line over the limit
-        raise CommandError(f"{PROGRAM} printed a line longer than {MAX_LINE_BYTES} bytes") from error
-    return last
-
-
-async def _tail(stream: asyncio.StreamReader) -> str:
-    kept = b""
-    while part := await stream.read(MAX_ERROR_BYTES):
-        kept = (kept + part)[-MAX_ERROR_BYTES:]
-    return kept.decode(errors="replace")
+def _lines(child: subprocess.Popen[bytes], output: IO[bytes]) -> Iterator[str]:
+    """Lines of ``output`` until ``child`` has ended; the child is always waited for."""
+    kept, read_bytes, ended = b"", 0, False
+    while not ended:
+        ended = child.poll() is not None
+        while part := os.pread(output.fileno(), MAX_ERROR_BYTES, read_bytes):  # by offset: the child shares the file
+            read_bytes += len(part)
+            if read_bytes > MAX_OUTPUT_BYTES:
+                child.wait()
+                raise CommandError(f"{PROGRAM} printed more than {MAX_OUTPUT_BYTES} bytes")
+            *whole, kept = (kept + part).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole if line.strip())
+        if not ended:
+            time.sleep(LOOK_S)
+    if kept.strip():
+        yield kept.decode(errors="replace")
 
 
 def read_progress(text: str) -> Progress:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from ui_support import FakeAdmin, FakeSolocard, admin_server, short_home
 
 

@@ -6,11 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from ui_support import STATUS, FakeAdmin
 
 from appliance.errors import UsageError
 from appliance.wire import Status
 from ui.backend import MAX_ANSWER_BYTES, AnswerError, ReplayBackend, ServerDownError, SocketBackend, read_replay
-from ui_support import STATUS, FakeAdmin
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ui_support import BUNDLES
 
 from ui.bundles import ListError, read_bundles
 from ui.plans import activation, rollback
 from ui.strings.en import EN
-from ui_support import BUNDLES
 
 
 def shown(*arguments: str) -> str:

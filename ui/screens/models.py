@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import ClassVar
 
 from textual import on
@@ -113,13 +114,14 @@ class ModelsScreen(ConsoleScreen):
         self.run_worker(self.run_command(running), group="command")
 
     async def run_command(self, running: Command) -> None:
-        """Worker: it only posts messages."""
+        """Worker: it only posts messages, from the thread that waits for the child."""
 
         def progressed(progress: Progress) -> None:
             self.post_message(CommandProgressed(running, progress))
 
         try:
-            self.post_message(CommandEnded(running, await command.run(running, progressed)))
+            outcome = await asyncio.to_thread(command.run, running, progressed)
+            self.post_message(CommandEnded(running, outcome))
         except CommandError as error:
             self.post_message(CommandEnded(running, None, error))
 
@@ -149,9 +151,10 @@ class ModelsScreen(ConsoleScreen):
     # ---- showing
 
     def take_list(self, event: CommandEnded) -> None:
-        self.problem, bundles = "", BundleList()
+        bundles = BundleList()
         try:
             bundles = listed(event)
+            self.problem = bundles.problem
         except SolocardError as error:
             self.problem = self.context.strings.models_failed.format(message=error)
         self.query_one(BundleTable).show(bundles)

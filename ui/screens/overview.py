@@ -10,6 +10,7 @@ from textual.widgets import Static
 
 from appliance.wire import KvStatus, Status
 from ui.actions import bindings
+from ui.command import Command
 from ui.format import byte_size, count, duration, percent, printable, share
 from ui.screens.base import ConsoleScreen
 from ui.strings.base import Strings
@@ -59,8 +60,8 @@ class OverviewScreen(ConsoleScreen):
         strings, context = self.context.strings, self.context
         title = getattr(strings, f"{view.link}_title")
         body = getattr(strings, f"{view.link}_body").format(
-            socket=context.socket_path, home=context.home, seconds=duration(max(context.poll_s, 1)),
-            problem=printable(view.problem),
+            socket=context.socket_path, start=Command(("serve",), context.home).line,
+            seconds=duration(max(context.poll_s, 1)), problem=printable(view.problem),
         )
         self.query_one("#calm-title", Section).show(title)
         self.query_one("#calm-body", Static).update(body)

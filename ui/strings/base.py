@@ -94,6 +94,7 @@ class Strings:
     column_state: str
     in_service: str
     previous: str
+    on_trial: str
     models_loading: str
     models_empty: str
     models_failed: str

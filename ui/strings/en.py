@@ -74,7 +74,7 @@ EN = Strings(
     down_body=(
         "Nothing answers at {socket}.\n"
         "\n"
-        "Start it with   solocard serve   as the user that owns {home}.\n"
+        "Start it with   {start}\n"
         "This screen fills by itself once it answers; it looks every {seconds}.\n"
         "\n"
         "The models screen (F2) works without the server."
@@ -94,8 +94,9 @@ EN = Strings(
     column_state="State",
     in_service="in service",
     previous="previous",
+    on_trial="on trial",
     models_loading="reading the list ...",
-    models_empty="No bundle is installed. Install one from its folder:   solocard install FOLDER",
+    models_empty="No bundle is installed. Install one with   solocard install DIRECTORY",
     models_failed="The list could not be read: {message}",
     serving_differs="The server still answers with {bundle}.",
     command_title="Last command",
@@ -115,7 +116,10 @@ EN = Strings(
     change_nothing="nothing",
     bundle_line="{bundle}, version {version}, {size}",
     older_release="Note: release {new} is older than release {old}.",
-    downtime="Requests wait or fail while the model is changed.",
+    downtime=(
+        "It must answer its golden prompts first. Then a running server finishes its\n"
+        "requests and starts again with it; meanwhile it does not answer."
+    ),
     command_label="Runs",
     undo_label="Undo",
     undo_none="none: no bundle is in service now",

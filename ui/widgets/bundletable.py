@@ -9,6 +9,7 @@ from textual.widgets import DataTable
 from ui.bundles import BundleList, BundleRow
 from ui.context import Context
 from ui.format import byte_size, fit, printable
+from ui.strings.base import Strings
 
 CELLS = {"mark": 1, "version": 10, "release": 4, "size": 9, "state": 10}  # the bundle id gets the rest
 MIN_ID_CELLS = 12
@@ -55,11 +56,11 @@ class BundleTable(DataTable[Text]):
 
     def _row_cells(self, row: BundleRow) -> list[Text]:
         strings, ellipsis = self.context.strings, self.context.glyphs.ellipsis
-        state = strings.in_service if row.current else strings.previous if row.previous else ""
         texts = [
             " ", fit(printable(row.bundle_id), self._id_cells(), ellipsis),
             fit(printable(row.version), CELLS["version"], ellipsis),
-            str(row.release_counter).rjust(CELLS["release"]), byte_size(row.size_bytes).rjust(CELLS["size"]), state,
+            str(row.release_counter).rjust(CELLS["release"]), byte_size(row.size_bytes).rjust(CELLS["size"]),
+            state_word(row, strings),
         ]
         return [Text(text, style="bold" if row.current else "") for text in texts]
 
@@ -71,3 +72,12 @@ class BundleTable(DataTable[Text]):
         for number, row in enumerate(self.bundles.rows):
             if row.bundle_id in self.rows:
                 self.update_cell(row.bundle_id, "mark", Text(">" if number == self.cursor_row else " "))
+
+
+def state_word(row: BundleRow, strings: Strings) -> str:
+    """``in service``, ``on trial``, ``previous`` or nothing."""
+    if row.current:
+        return strings.in_service
+    if row.trial:
+        return strings.on_trial
+    return strings.previous if row.previous else ""

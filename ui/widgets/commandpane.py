@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import deque
 
 from textual.content import Content
@@ -54,7 +55,12 @@ class CommandPane(Widget):
         width, ellipsis = max(self.size.width, 1), self.context.glyphs.ellipsis
         if not self.command:
             return Content(self.context.strings.command_none)
-        room = max(self.size.height - 2, 0)
-        steps = [step_line(progress) for progress in self.steps][-room:] if room else []
-        lines = [f"$ {self.command}", *steps, printable(self.ending)]
-        return Content("\n".join(fit(line, width, ellipsis) for line in lines))
+        command, ending = wrapped(f"$ {self.command}", width), wrapped(self.ending, width)
+        room = max(self.size.height - len(command) - len(ending), 0)
+        steps = [fit(step_line(progress), width, ellipsis) for progress in self.steps][-room:] if room else []
+        return Content("\n".join([*command, *steps, *ending]))
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """``text`` in lines of ``width`` cells, the further ones indented; ids and paths are not cut at hyphens."""
+    return textwrap.wrap(printable(text), width, subsequent_indent="  ", break_on_hyphens=False)
