@@ -162,6 +162,26 @@ def dense(n: int, k: int, gain: float = 1.0) -> Weight:
     return Weight(n, k, std=gain * k**-0.5)
 
 
+class SinkSoftmax(torch.autograd.Function):
+    """softmax over keys of scores [B, T, H, K] with one more term exp(sink [H]) in the denominator."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, sink: Tensor) -> Tensor:
+        top = scores.amax(-1, keepdim=True)
+        p = (scores - top).exp_()
+        rest = (sink.view(-1, 1) - top).exp_()
+        total = p.sum(-1, keepdim=True).add_(rest)
+        p.div_(total)
+        ctx.save_for_backward(p, rest.div_(total))
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        p, sink_share = ctx.saved_tensors
+        carried = torch.linalg.vecdot(p, grad).unsqueeze(-1)
+        return (grad - carried).mul_(p), -(sink_share * carried).sum((0, 1, 3))
+
+
 class Compressor(nn.Module):
     """Pools `ratio` tokens into one entry; with overlap (ratio 4) each entry also sees the block before it."""
 
@@ -229,7 +249,7 @@ class Attention(nn.Module):
             self.indexer = Indexer(cfg, ratio)
         self.register_buffer("freqs", rope_frequencies(cfg, ratio > 0), persistent=False)
 
-    def forward(self, x: Tensor, round_rows: bool, select: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, round_rows: bool, select: bool, teach: bool) -> tuple[Tensor, Tensor]:
         """x [B, T, D] → (output [B, T, D], the indexer's side loss, a scalar)."""
         cfg, (b, t, _) = self.cfg, x.shape
         heads, hd, rope = cfg.num_attention_heads, cfg.head_dim, cfg.qk_rope_head_dim
@@ -249,24 +269,26 @@ class Attention(nn.Module):
             kv = torch.cat([kv, round_row(entries, rope) if round_rows else entries], 1)
             seen = torch.arange(t // self.ratio)[None] < (at[:, None] + 1) // self.ratio
             extra = torch.zeros(t, t // self.ratio).masked_fill_(~seen, float("-inf")).expand(1, t, -1)
-            if self.ratio == 4:
-                index_scores = self.indexer(x.detach(), qr.detach(), turn, turn_e, round_rows) + extra
-                if select and t // self.ratio > cfg.index_topk:
+            selecting = select and t // self.ratio > cfg.index_topk
+            if self.ratio == 4 and (selecting or teach):
+                with torch.set_grad_enabled(teach and torch.is_grad_enabled()):
+                    index_scores = self.indexer(x.detach(), qr.detach(), turn, turn_e, round_rows) + extra
+                if selecting:
                     extra = self.keep_best(index_scores.detach(), cfg.index_topk)
             bias = torch.cat([bias.expand(extra.shape[0], t, t), extra], 2)
         p = self.probabilities(q, kv, bias)
         o = (p.flatten(1, 2) @ kv).unflatten(1, (t, heads))
         o = rotate(o, turn.conj()).reshape(b, t, cfg.o_groups, -1)
         o = torch.einsum("btgi,goi->btgo", o, self.wo_a.weight.view(cfg.o_groups, cfg.o_lora_rank, -1))
-        side = x.new_zeros(()) if index_scores is None else self.side_loss(index_scores, p.detach()[..., t:])
+        taught = teach and index_scores is not None
+        side = self.side_loss(index_scores, p.detach()[..., t:]) if taught else x.new_zeros(())
         return self.wo_b(o.flatten(2)), side
 
     def probabilities(self, q: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
         """q [B, T, H, d], kv [B, K, d], bias [1 or B, T, K] → [B, T, H, K] of a softmax that also holds the sink."""
         b, t, heads, hd = q.shape
-        scores = (q.flatten(1, 2) @ kv.transpose(1, 2)).view(b, t, heads, -1) * hd**-0.5 + bias.unsqueeze(2)
-        sink = self.attn_sink.view(1, 1, heads, 1).expand(b, t, heads, 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        scores = ((q * hd**-0.5).flatten(1, 2) @ kv.transpose(1, 2)).view(b, t, heads, -1)
+        return SinkSoftmax.apply(scores.add_(bias.unsqueeze(2)), self.attn_sink)
 
     @staticmethod
     def keep_best(scores: Tensor, topk: int) -> Tensor:
@@ -355,12 +377,14 @@ class Block(nn.Module):
         self.attn_norm, self.ffn_norm = Weight(d, ones=True), Weight(d, ones=True)
         self.attn, self.ffn = Attention(cfg, cfg.compress_ratios[layer]), Experts(cfg, layer)
 
-    def forward(self, h: Tensor, ids: Tensor, round_rows: bool, select: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, ids: Tensor, round_rows: bool, select: bool, teach: bool
+    ) -> tuple[Tensor, Tensor]:
         """h [N, 4, D], ids [B, T] → (h', side loss)."""
         eps = self.cfg.rms_norm_eps
         pre, post, comb = hc_matrices(h.flatten(1), self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.cfg)
         x = rms(self.mixed(pre, h), eps) * self.attn_norm.weight
-        y, side = self.attn(x.view(*ids.shape, -1), round_rows, select)
+        y, side = self.attn(x.view(*ids.shape, -1), round_rows, select, teach)
         h = self.returned(h, y.flatten(0, 1), post, comb)
         pre, post, comb = hc_matrices(h.flatten(1), self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.cfg)
         x = rms(self.mixed(pre, h), eps) * self.ffn_norm.weight
@@ -389,12 +413,15 @@ class SampleModel(nn.Module):
         self.hc_head_base, self.hc_head_scale = nn.Parameter(torch.randn(s) * 0.3), nn.Parameter(torch.ones(1))
         self.norm, self.head = Weight(d, ones=True), Weight(cfg.vocab_size, d, std=0.3 * d**-0.5)
 
-    def forward(self, ids: Tensor, round_rows: bool = True, select: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, round_rows: bool = True, select: bool = True, teach: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`round_rows`: cache rows and index path in kv-v4; `select`: top-k on; `teach`: the indexer's side loss."""
         cfg = self.cfg
         h = F.embedding(ids.flatten(), self.embed.weight).unsqueeze(1).expand(-1, cfg.hc_mult, -1)
         side = h.new_zeros(())
         for block in self.layers:
-            h, extra = block(h, ids, round_rows, select)
+            h, extra = block(h, ids, round_rows, select, teach)
             side = side + extra
         x = h.flatten(1)
         m = F.linear(x, self.hc_head_fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + cfg.rms_norm_eps)

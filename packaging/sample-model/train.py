@@ -42,6 +42,7 @@ MUON_LR, ADAM_LR, WARMUP_STEPS = 6e-3, 3e-3, 40
 FLAT_UNTIL, LAST_LR = 0.5, 0.03  # of the budget; of the full rate
 ROUNDING_FROM = 0.4
 BIAS_STEP = 1e-3
+TEACH_INDEX_EVERY = 3  # steps
 SAVE_EVERY_S = 150
 STACKED = ("w1", "w2", "w3")
 PLAIN = ("embed.", "head.", "hc_", "gate.weight", "ape", "norm", "attn_sink")  # AdamW
@@ -134,7 +135,7 @@ class Trainer:
         """One update; returns the mean loss of prose rows and of manual rows in nats per token (nan if none)."""
         rounding = self.progress >= ROUNDING_FROM
         self.load_weights(rounding)
-        x, side = self.net(ids[:, :-1], rounding, rounding)
+        x, side = self.net(ids[:, :-1], rounding, rounding, self.steps % TEACH_INDEX_EVERY == 0)
         losses = F.cross_entropy(self.net.head(x), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
         ((losses * weights).sum() / weights.sum() + 0.2 * side).backward()
         self.update()
@@ -147,9 +148,11 @@ class Trainer:
     @torch.no_grad()
     def update(self) -> None:
         rate = self.rate()
-        torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for p in self.params.values() if p.grad is not None], 1.0)
         for name, p in self.params.items():
-            if name in self.muon.momentum:
+            if p.grad is None:  # the indexer in a step that does not teach it
+                self.masters[name].grad = None
+            elif name in self.muon.momentum:
                 self.muon.step(name, self.masters[name], p.grad, MUON_LR * rate)
             else:
                 self.masters[name].grad = p.grad.clone()
