@@ -7,7 +7,8 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from appliance.config import Config
 from runtime.server.serve import LOG_FILE, Ending, build_service, log_to, serve
 
 KEY, KEY_NAME, BUNDLE_ID = "sk-test-0123456789", "tester", "toy-1-0123456789ab"
+
+
+def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Wait for ``condition``; what a client sees may be a moment ahead of the log and the counters."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def toy_config(**server: Any) -> Config:

@@ -44,7 +44,7 @@ def _answer(service: Service, log_path: Path, scope: Scope) -> tuple[int, object
         return 200, service.status().to_dict()
     if scope["path"] == "/admin/v1/log":
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("lines", [str(DEFAULT_LOG_LINES)])[0]
-        if not asked.isascii() or not asked.isdigit() or not len(asked) > 9 or not 1 <= int(asked) <= MAX_LOG_LINES:
+        if not asked.isascii() or not asked.isdigit() or len(asked) > 9 or not 1 <= int(asked) <= MAX_LOG_LINES:
             return 400, {"error": f"lines must be 1 to {MAX_LOG_LINES}"}
         return 200, {"lines": tail_lines(log_path, int(asked))}
     return 404, {"error": "known paths: /admin/v1/status, /admin/v1/log"}

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from serve_live import BUNDLE_ID, live
+from serve_live import BUNDLE_ID, live, until
 from serve_support import FakeEngine, FakeKv
 
 from appliance.errors import BusyError, UsageError
@@ -43,6 +43,7 @@ def admin_get(home: Path, path: str, method: str = "GET") -> tuple[int, dict]:
 def test_status_over_the_socket(tmp_path) -> None:
     with live(tmp_path, FakeEngine(), FakeKv()) as server:
         server.chat(max_tokens=30)
+        until(lambda: server.service.status().requests_total)
         status = read_status(tmp_path)
         assert (status.state, status.bundle_id, status.model) == ("ready", BUNDLE_ID, "deepseek-v4-flash")
         assert (status.encoding, status.numerics, status.backend) == ("dsv4-0731", "kv-v4", "toy")
@@ -67,6 +68,7 @@ def test_log_lines_over_the_socket(tmp_path) -> None:
     with live(tmp_path) as server:
         for number in range(5):
             server.request("GET", "/health", headers={"x-request-id": f"look-{number}"})
+        until(lambda: "look-4" in server.log())
         status, body = admin_get(tmp_path, "/admin/v1/log?lines=2")
         assert status == 200
         assert [line.split()[2] for line in body["lines"]] == ["look-3", "look-4"]

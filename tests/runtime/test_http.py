@@ -6,10 +6,9 @@ import http.client
 import json
 import socket
 import threading
-import time
 
 import pytest
-from serve_live import BUNDLE_ID, KEY, KEY_NAME, live
+from serve_live import BUNDLE_ID, KEY, KEY_NAME, live, until
 from serve_support import FakeEngine, FakeKv, spell
 
 from appliance.errors import BusyError, EngineError, UsageError
@@ -22,13 +21,6 @@ from runtime.server.sse import Answer, stream_answer
 def toy(tmp_path_factory):
     with live(tmp_path_factory.mktemp("h"), FakeEngine(spell("why</think>because"))) as server:
         yield server
-
-
-def until(condition, seconds: float = 5) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 # -- who may ask
@@ -92,6 +84,7 @@ def test_health_shows_that_the_kv_cache_stopped_writing(tmp_path) -> None:
 
 def test_metrics_are_prometheus_text(toy) -> None:
     toy.chat()
+    until(lambda: toy.service.scheduler.metrics.requests("/v1/chat/completions"))
     status, headers, text = toy.request("GET", "/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -157,7 +150,7 @@ def test_cache_hits_are_in_the_usage(tmp_path) -> None:
         assert hit == 256 * ((second["usage"]["prompt_tokens"] - 1) // 256) > 0
         assert second["usage"]["prompt_tokens_details"] == {"cached_tokens": hit}
         assert first["choices"][0]["message"] == second["choices"][0]["message"]
-        assert f"hit={hit}" in server.log()
+        until(lambda: f"hit={hit}" in server.log())
 
 
 def test_seeds_repeat_and_parameters_arrive(tmp_path) -> None:
@@ -375,6 +368,7 @@ def test_the_log_has_counts_and_names_and_no_text(tmp_path) -> None:
         server.chat(messages=[{"role": "user", "content": "PROMPTTEXT"}], temperature="SECRETVALUE")
         server.request("GET", "/v1/models?token=QUERYTEXT", key="sk-WRONGKEY")
         server.request("GET", "/PATHTEXT")
+        until(lambda: " GET other 404 " in server.log())
         log = server.log()
         for word in ("PROMPTTEXT", "ANSWERTEXT", "SECRETVALUE", "QUERYTEXT", "WRONGKEY", "PATHTEXT", KEY):
             assert word not in log
