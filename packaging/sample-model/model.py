@@ -109,8 +109,39 @@ def round_row(x: Tensor, rope: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- pieces
+class Rms(torch.autograd.Function):
+    """x / sqrt(mean(x²) + eps) over the last axis, with few passes over memory on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, inverse = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(inverse), None
+
+
+class MeanSquare(torch.autograd.Function):
+    """mean(x²) over the last axis, kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().mean(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return x * (grad * (2 / x.shape[-1]))
+
+
 def rms(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return Rms.apply(x, eps)
 
 
 def hadamard(size: int) -> Tensor:
@@ -351,7 +382,7 @@ class Experts(nn.Module):
 def hc_matrices(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, 4·D] → pre [4, N], post [4, N], comb [4 (j), 4 (k), N] after 20 Sinkhorn rounds, columns last."""
     s, eps = cfg.hc_mult, cfg.hc_eps
-    m = (F.linear(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + cfg.rms_norm_eps)).t().contiguous()
+    m = (F.linear(x, fn) * torch.rsqrt(MeanSquare.apply(x) + cfg.rms_norm_eps)).t().contiguous()
     pre = torch.sigmoid(m[:s] * scale[0] + base[:s, None]) + eps
     post = 2 * torch.sigmoid(m[s : 2 * s] * scale[1] + base[s : 2 * s, None])
     comb = (m[2 * s :] * scale[2] + base[2 * s :, None]).view(s, s, -1).softmax(1) + eps
@@ -396,9 +427,8 @@ class Block(nn.Module):
 
     @staticmethod
     def returned(h: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """h'_k = post_k·y + Σ_j comb[j, k]·h_j: one product with [comb ; post] transposed."""
-        mix = torch.cat([comb, post.unsqueeze(0)], 0).permute(2, 1, 0)  # [N, k, j + 1]
-        return torch.bmm(mix, torch.cat([h, y.unsqueeze(1)], 1))
+        """h'_k = post_k·y + Σ_j comb[j, k]·h_j."""
+        return torch.baddbmm(post.t().unsqueeze(2) * y.unsqueeze(1), comb.permute(2, 1, 0), h)
 
 
 class SampleModel(nn.Module):

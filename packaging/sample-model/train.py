@@ -107,6 +107,27 @@ def fill_hash_routers(net: model.SampleModel, counts: np.ndarray, seed: int) -> 
             block.ffn.gate.tid2eid[token] = torch.from_numpy(chosen)
 
 
+class TokenLosses(torch.autograd.Function):
+    """Cross entropy per row of logits [N, V], which it overwrites: the table is the largest tensor of a step."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        rows = torch.arange(len(target))
+        wanted = logits[rows, target]
+        top = logits.amax(-1, keepdim=True)
+        p = logits.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        ctx.save_for_backward(p.div_(total), target)
+        return (total.log_() + top).squeeze(1) - wanted
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        p, target = ctx.saved_tensors
+        p.mul_(grad.unsqueeze(1))
+        p[torch.arange(len(target)), target] -= grad
+        return p, None
+
+
 class Trainer:
     """Master weights, the working (rounded) copy inside the module, optimizers and the clock."""
 
@@ -136,7 +157,7 @@ class Trainer:
         rounding = self.progress >= ROUNDING_FROM
         self.load_weights(rounding)
         x, side = self.net(ids[:, :-1], rounding, rounding, self.steps % TEACH_INDEX_EVERY == 0)
-        losses = F.cross_entropy(self.net.head(x), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
+        losses = TokenLosses.apply(self.net.head(x), ids[:, 1:].flatten()).view(weights.shape)
         ((losses * weights).sum() / weights.sum() + 0.2 * side).backward()
         self.update()
         self.balance()
