@@ -20,15 +20,11 @@ from appliance.model import BLOCK_TOKENS
 from runtime.metrics import Metrics
 from runtime.request import EngineLike, Failed, Finished, FinishReason, KvLike, Logits, Request, SequenceLike, Usage
 from runtime.sampler import Sampler
+from runtime.schedule import prompt_boundary, prompt_calls
 
 QUEUE_DEPTH_DEFAULT = 8
 RETRY_AFTER_MAX_S = 60
 _log = logging.getLogger("solocard.serve")
-
-
-def prompt_boundary(n_tokens: int) -> int:
-    """c(n) = 256·⌊(n−1)/256⌋: the last token is always computed, because logits are not stored."""
-    return BLOCK_TOKENS * ((n_tokens - 1) // BLOCK_TOKENS)
 
 
 class Scheduler:
@@ -211,9 +207,8 @@ class _Run:
     def prefill(self) -> Logits:
         """Whole chunks up to c(n), then the tail; returns the last token's logits."""
         logits: Logits | None = None
-        while (at := self.seq.n_tokens) < len(self.prompt):
+        for chunk in prompt_calls(self.prompt, self.seq.n_tokens):
             self.check_cancelled()
-            chunk = self.prompt[at : at + BLOCK_TOKENS]
             logits = self.engine.prefill(self.seq, chunk)
             self.metrics.prefilled(len(chunk))
             if self.seq.n_tokens == self.boundary:

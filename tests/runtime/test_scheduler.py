@@ -12,7 +12,8 @@ from appliance.errors import EngineError, RequestError, SpaceError
 from runtime.chat.transcript import Transcript
 from runtime.request import Delta, Event, Failed, Finished, Request
 from runtime.sampler import SamplingParams
-from runtime.scheduler import Scheduler, prompt_boundary
+from runtime.schedule import prompt_boundary
+from runtime.scheduler import Scheduler
 
 
 @dataclass
