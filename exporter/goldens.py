@@ -17,7 +17,7 @@ from exporter.engine_process import Logits, engine_logits
 MIN_MARGIN = 0.5  # of the best logit over the second
 LONG, LONG_PROMPTS = 16, 4
 SHORT_PROMPTS = 16
-SEARCHED = 64
+SEARCHED, ROUNDS = 64, 8  # random prompts per call of the engine, and how many calls at most
 PROMPT_TOKENS = 12
 
 
@@ -31,14 +31,16 @@ def find_goldens(bundle: Path, config: ModelConfig, prompts: Sequence[Sequence[i
         if len(found) >= LONG_PROMPTS:
             return tuple(found)
     rng = np.random.Generator(np.random.PCG64(0))
-    random = rng.integers(2, config.vocab_size, (SEARCHED, PROMPT_TOKENS)).tolist()
-    found = _clear(random, engine_logits(bundle, random), 1)
-    if len(found) < SHORT_PROMPTS:
-        raise CheckpointError(
-            f"only {len(found)} of {SEARCHED} searched prompts have a top token leading by {MIN_MARGIN}: "
-            f"no {SHORT_PROMPTS} golden prompts; give prompts the model knows with --golden-prompts"
-        )
-    return tuple(found[:SHORT_PROMPTS])
+    short: list[Golden] = []
+    for _ in range(ROUNDS):
+        random = rng.integers(2, config.vocab_size, (SEARCHED, PROMPT_TOKENS)).tolist()
+        short += _clear(random, engine_logits(bundle, random), 1)
+        if len(short) >= SHORT_PROMPTS:
+            return tuple(short[:SHORT_PROMPTS])
+    raise CheckpointError(
+        f"only {len(short)} of {SEARCHED * ROUNDS} searched prompts have a top token leading by {MIN_MARGIN}: "
+        f"no {SHORT_PROMPTS} golden prompts; give prompts the model knows with --golden-prompts"
+    )
 
 
 def _clear(prompts: Sequence[Sequence[int]], logits: Sequence[Logits], tokens: int) -> list[Golden]:

@@ -66,14 +66,15 @@ def _run_logits(args: argparse.Namespace) -> int:
 def run_parity(args: argparse.Namespace) -> int:
     """Exit 0 when every chunking agrees; EngineError with the figures otherwise."""
     bundle = BuiltBundle.open(args.bundle)
-    reference_logits = _reference()
+    reference = _reference()
     config, numerics = bundle.spec.config, bundle.spec.numerics
     if args.ids is None:
         rng = np.random.Generator(np.random.PCG64(7))
         ids = [int(i) for i in rng.integers(0, config.vocab_size, args.tokens)]
     else:
         ids = [int(i) for i in np.load(args.ids, allow_pickle=False).reshape(-1)]
-    expected = reference_logits(BundleWeights(bundle.root, config), config, ids, numerics)
+    model = reference(BundleWeights(bundle.root, config), config, kv_sim=numerics == "kv-v4")
+    expected = model.forward(ids, model.new_state()).numpy()
     failed = []
     for name, chunks in (("256-token chunks", []), ("5,3,16,1 then 256", [5, 3, 16, 1]), ("one by one", [1] * len(ids))):
         result = Parity.of(expected, engine_logits(bundle.root, [ids], chunks=chunks)[0])
@@ -90,9 +91,9 @@ def run_parity(args: argparse.Namespace) -> int:
 
 def _reference() -> Any:
     try:
-        from exporter.reference import reference_logits
+        from exporter.reference import Reference
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise UsageError("parity needs torch: pip install 'solocard[distill]' (about 200 MB for the CPU build)") from None
-    return reference_logits
+    return Reference
