@@ -302,6 +302,33 @@ def test_a_truncated_segment(tmp_path, keep, left):
     store.close()
 
 
+def test_a_damaged_block_rules_out_every_longer_boundary_at_once(tmp_path):
+    store = open_store(tmp_path / "kv", segment_bytes=1 << 20)
+    for tokens in (256, 512, 768, 1024):
+        put(store, 0, tokens)
+    store.close()
+    _change(tmp_path / "kv" / "0000.kvs", HEADER_BYTES)  # block 0
+    io = FaultIo(only="preadv")
+    store = open_store(tmp_path / "kv", io=io)
+    assert_miss(store, 0, 1100, "corrupt")
+    assert len(io.calls) == 2  # the checkpoint at 1024 and block 0, nothing else is tried
+    store.close()
+
+
+def test_a_row_that_is_gone_is_a_plain_miss(tmp_path):
+    _stored(tmp_path)
+    db = sqlite3.connect(tmp_path / "kv" / INDEX_NAME)
+    with db:
+        db.execute("DELETE FROM record WHERE kind = 1 AND end_token = 512")
+    db.close()
+    store = open_store(tmp_path / "kv")
+    hit = store.lookup("default", prompt(0, 600))
+    assert (hit.tokens, hit.reason) == (256, "no-unit")
+    assert put(store, 0, 512).records == 1  # only the block is missing
+    assert_hit(store, 0, 512)
+    store.close()
+
+
 def test_a_segment_that_disappears_while_running(tmp_path):
     segment = _stored(tmp_path)
     store = open_store(tmp_path / "kv")

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from kv_support import (
@@ -29,7 +30,7 @@ from kv_support import (
 from appliance.errors import BusyError, EngineError, StoreError
 from runtime.kv.layout import KvLayout
 from runtime.kv.record import record_bytes
-from runtime.kv.segment import SEGMENT_BYTES
+from runtime.kv.segment import SEGMENT_BYTES, Io
 from runtime.kv.store import KvStore, usable_boundary
 
 
@@ -241,6 +242,38 @@ def test_one_writer(tmp_path):
     store.close()
     store.close()
     open_store(tmp_path / "kv").close()
+
+
+def test_status_does_not_wait_for_the_disk(tmp_path):
+    writing, go_on = threading.Event(), threading.Event()
+
+    class SlowIo(Io):
+        def fdatasync(self, fd):
+            writing.set()
+            assert go_on.wait(30)
+            super().fdatasync(fd)
+
+    store = open_store(tmp_path / "kv", io=SlowIo())
+    results = []
+    threads = [threading.Thread(target=lambda c=chat: results.append(put(store, c, 256).stored)) for chat in range(3)]
+    for thread in threads:
+        thread.start()
+    assert writing.wait(30)
+    assert store.status().used_bytes == 0  # not acknowledged yet, and asked while the disk is busy
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 3
+    for chat in range(3):
+        assert_hit(store, chat, 256)
+    store.close()
+
+
+def test_the_index_is_as_durable_as_promised(tmp_path):
+    store = open_store(tmp_path / "kv")
+    settings = [store._index._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert settings == ["wal", 2]  # 2 = FULL: every commit is synced
+    store.close()
 
 
 def test_a_directory_that_cannot_be_used(tmp_path):
