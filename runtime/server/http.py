@@ -72,7 +72,9 @@ def build_app(service: Service) -> App:
         try:
             headers = header_map(scope["headers"])
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-                raise RequestError(f"the headers are larger than {MAX_HEADER_BYTES} bytes", status=431)
+                raise RequestError(
+                    f"the headers are larger than {MAX_HEADER_BYTES} bytes", status=431, code="headers_too_large"
+                )
             check_host(headers)
             exchange.key = key_name(exchange.path, headers, service.verify)
             handler = _route(routes, service, exchange)
