@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from appliance.trust import MAX_METADATA_BYTES, Chain, TrustedRoot, declared_roo
 __all__ = ["BuiltBundle", "BundleWriter", "Chunk", "FileEntry", "Manifest", "ObjectEntry", "VerifiedBundle"]
 
 SAMPLE_BYTES = 1 << 30  # of object records hashed when an installed bundle is opened; sizes are always checked
+Tick = Callable[[int], None]  # bytes just dealt with
 _RANDOM = random.SystemRandom()
 _PROOF = object()  # only this module can pass it, so a VerifiedBundle cannot be made without verifying
 
@@ -81,20 +83,15 @@ class VerifiedBundle:
     Only :meth:`open_installed` and :meth:`open_current` make one.
     """
 
-    __slots__ = ("chain", "graph_path", "manifest", "root", "signed", "spec", "tokenizer_path")
+    __slots__ = ("bundle_id", "chain", "graph_path", "manifest", "root", "signed", "spec", "tokenizer_path")
 
     def __init__(self, models: Path, manifest: Manifest, spec: ModelSpec, chain: Chain, *, proof: object) -> None:
         if proof is not _PROOF:
             raise TypeError("a VerifiedBundle is made by VerifiedBundle.open_installed only")
-        prefix = manifest.bundle_id
-        self.root = models
+        self.root, self.bundle_id = models, manifest.bundle_id
         self.manifest, self.spec, self.chain, self.signed = manifest, spec, chain, True
-        self.graph_path = models / f"{prefix}.model.onnx"
-        self.tokenizer_path = models / f"{prefix}.tokenizer.json"
-
-    @property
-    def bundle_id(self) -> str:
-        return self.manifest.bundle_id
+        self.graph_path = models / f"{self.bundle_id}.model.onnx"
+        self.tokenizer_path = models / f"{self.bundle_id}.tokenizer.json"
 
     @staticmethod
     def open_current(home: Path, *, full: bool = False) -> VerifiedBundle:
@@ -105,25 +102,27 @@ class VerifiedBundle:
         return VerifiedBundle.open_installed(home, current, full=full)
 
     @staticmethod
-    def open_installed(home: Path, bundle_id: str, *, full: bool = False) -> VerifiedBundle:
+    def open_installed(
+        home: Path, bundle_id: str, *, full: bool = False, tick: Tick = lambda _: None
+    ) -> VerifiedBundle:
         """Verify again what was installed: metadata, manifest and small files whole, every object's size.
 
-        One random record of each object is hashed, up to 1 GiB in all; ``full`` hashes every byte. Metadata may have
-        expired since: expiry stops an installation, not service. TrustError: the metadata does not lead to a trusted
-        root. StoreError names the file that is missing or damaged.
+        One random record of each object is hashed, up to 1 GiB in all; ``full`` hashes every byte. ``tick`` gets the
+        bytes of each object when it is done. Metadata may have expired since: expiry stops an installation, not
+        service. TrustError: no way to a trusted root. StoreError names the file that is missing or damaged.
         """
         layout = Layout(home)
         if not is_bundle_id(bundle_id) or not layout.metadata(bundle_id).is_dir():
             raise StoreError(f"no bundle {bundle_id!r} is installed in {home}; `solocard list` shows those that are")
         try:
-            return _open_installed(layout, bundle_id, full)
+            return _open_installed(layout, bundle_id, full, tick)
         except TrustError as error:
             raise TrustError(f"installed bundle {bundle_id}: {error}") from None
         except BundleError as error:
             raise StoreError(f"installed bundle {bundle_id}: {error}") from None
 
 
-def _open_installed(layout: Layout, bundle_id: str, full: bool) -> VerifiedBundle:
+def _open_installed(layout: Layout, bundle_id: str, full: bool, tick: Tick) -> VerifiedBundle:
     tree = Tree(layout.models, remedy="install the bundle again")
     chain = stored_chain(layout, bundle_id)
     name = f"{bundle_id}.manifest.json"
@@ -141,7 +140,7 @@ def _open_installed(layout: Layout, bundle_id: str, full: bool) -> VerifiedBundl
             spec = parse_spec(data, stored)
     if spec is None or manifest.file("tokenizer.json") is None:
         raise BundleError(f"{name} lists no model.json or no tokenizer.json; such a bundle cannot be served")
-    _check_pool(tree, manifest, full)
+    _check_pool(tree, manifest, full, tick)
     return VerifiedBundle(layout.models, manifest, spec, chain, proof=_PROOF)
 
 
@@ -157,7 +156,7 @@ def stored_chain(layout: Layout, bundle_id: str) -> Chain:
     return verify_chain(root, metadata.read)
 
 
-def _check_pool(tree: Tree, manifest: Manifest, full: bool) -> None:
+def _check_pool(tree: Tree, manifest: Manifest, full: bool, tick: Tick) -> None:
     for entry in manifest.objects:
         size = tree.size_bytes(entry.path)
         if size != entry.size_bytes:
@@ -170,6 +169,7 @@ def _check_pool(tree: Tree, manifest: Manifest, full: bool) -> None:
         elif budget > 0:
             budget -= chunk.size_bytes
             check_chunk(tree, entry, chunk)
+        tick(entry.size_bytes)
 
 
 def read_built_manifest(tree: Tree) -> Manifest:

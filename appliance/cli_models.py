@@ -12,6 +12,7 @@ from appliance.cli_output import Output, size
 from appliance.errors import SolocardError, StoreError
 from appliance.floors import Floors
 from appliance.install import Installer, Outcome
+from appliance.meter import Meter
 from appliance.roots import trusted_root
 from appliance.server_link import ServerDownError, read_status, server_pid
 from appliance.state import State
@@ -58,7 +59,9 @@ def verify(args: argparse.Namespace, out: Output) -> int:
     bundle_id = args.bundle_id or State.read(args.home).current
     if not bundle_id:
         raise StoreError(f"no model is installed in {args.home}; run `solocard install DIRECTORY`")
-    bundle = VerifiedBundle.open_installed(args.home, bundle_id, full=args.full)
+    total = sum(entry.size_bytes for entry in Pool(args.home).manifest(bundle_id).objects)
+    meter = Meter(out.progress, "verify", "checking objects", total)
+    bundle = VerifiedBundle.open_installed(args.home, bundle_id, full=args.full, tick=meter.tick)
     manifest, chain = bundle.manifest, bundle.chain
     depth = "every byte" if args.full else "every size and one record of each object; --full reads every byte"
     lines = [

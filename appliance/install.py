@@ -9,7 +9,6 @@ already copied are kept, ``state.json`` changes by one rename, floors lower than
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from appliance.journal import Journal
 from appliance.layout import Layout
 from appliance.lock import change_lock
 from appliance.manifest import MAX_MANIFEST_BYTES, Manifest, is_bundle_id
+from appliance.meter import Meter, Report
 from appliance.model import ModelSpec
 from appliance.roots import trusted_root
 from appliance.server_link import Restart, restart_server
@@ -34,8 +34,6 @@ from appliance.trial import Trial, run_trial
 from appliance.trust import Chain, utc_now
 from appliance.tuf_client import read_release
 from appliance.wire import Progress
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,7 @@ class Installer:
         bundle_id, state = manifest.bundle_id, State.read(self.home)
         self._journal.append("install", bundle_id=bundle_id, source=str(directory), unlisted=extra[:100],
                              **_versions(chain))  # fmt: skip
-        self._say("verify", f"{bundle_id}: signatures and list are good", data={"unlisted": extra})
+        self._say("verify", f"{bundle_id}: signatures and list are good", unlisted=extra)
         self._pool.check_space(self._pool.missing_bytes(manifest))
         copied = self._copy(stick, manifest)
         self._pool.add_bundle(manifest, files, chain)
@@ -179,19 +177,9 @@ class Installer:
 
     def _copy(self, stick: Tree, manifest: Manifest) -> int:
         total = sum(entry.size_bytes for entry in manifest.objects)
-        done = copied = 0
-        last = time.monotonic()
-
-        def tick(count: int) -> None:
-            nonlocal done, last
-            done += count
-            if time.monotonic() - last >= 0.5:
-                last = time.monotonic()
-                self._say("copy", "copying and checking", done_bytes=done, total_bytes=total)
-
-        for entry in manifest.objects:
-            copied += self._pool.add_object(stick, entry, tick)
-        self._say("copy", f"{copied:,} bytes copied, every byte checked", done_bytes=done, total_bytes=total)
+        meter = Meter(self._report, "copy", "copying and checking", total)
+        copied = sum(self._pool.add_object(stick, entry, meter.tick) for entry in manifest.objects)
+        meter.finish(f"{copied:,} bytes copied, every byte checked")
         return copied
 
     def _try(self, bundle_id: str, state: State) -> str:
@@ -268,9 +256,9 @@ class Installer:
             self._journal.append("damaged", error=str(error))
             return State()
 
-    def _say(self, step: str, message: str, *, done_bytes: int = 0, total_bytes: int = 0, data: Any = None) -> None:
+    def _say(self, step: str, message: str, **data: Any) -> None:
         elapsed_s = round(time.monotonic() - self._start, 3)
-        self._report(Progress(step, message, done_bytes, total_bytes, elapsed_s, data=data or {}))
+        self._report(Progress(step, message, elapsed_s=elapsed_s, data=data))
 
 
 def _check_versions(chain: Chain, floors: Floors) -> None:

@@ -6,12 +6,12 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.bundle import check_file, check_object
+from appliance.bundle import Tick, check_file, check_object
 from appliance.bundle_writer import sync_directory, write_synced
 from appliance.errors import BundleError, SpaceError, StoreError
 from appliance.layout import Layout
@@ -20,7 +20,6 @@ from appliance.tree import Tree, read_pieces
 from appliance.trust import Chain
 
 MARGIN_BYTES = 64 << 20  # left free beside what an installation writes
-Tick = Callable[[int], None]  # bytes of the stick just read
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +113,8 @@ class Pool:
 
     def manifest(self, bundle_id: str) -> Manifest:
         """The stored manifest, its digest compared with the bundle id only. StoreError when damaged or missing."""
+        if not is_bundle_id(bundle_id) or not self.layout.metadata(bundle_id).is_dir():
+            raise StoreError(f"no bundle {bundle_id!r} is installed in {self.layout.home}; see `solocard list`")
         name = f"{bundle_id}.manifest.json"
         try:
             manifest = Manifest.from_bytes(self.tree.read(name, MAX_MANIFEST_BYTES), name)
