@@ -59,7 +59,7 @@ class BundleWeights(Mapping[str, Array]):
         place = {entry.key: entry.value for entry in tensor.external_data}
         dtype, count = _NUMPY[tensor.data_type], math.prod(tensor.dims)
         path = self._root / place["location"]
-        array: Array = np.fromfile(path, dtype, count, offset=int(place["offset"]))
+        array: Array = np.fromfile(path, dtype=dtype, count=count, offset=int(place["offset"]))
         if array.size != count:
             raise BundleError(f"{place['location']} is too short for {name}; copy the bundle again")
         return array.reshape(tuple(tensor.dims))

@@ -1,0 +1,85 @@
+"""``python -m runtime serve`` (``solocard-serve``): the current bundle, its engine, its KV store, then the server.
+
+Takes a VerifiedBundle and nothing else: an unsigned directory cannot be served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from appliance.bundle import VerifiedBundle
+from appliance.config import Config
+from appliance.errors import EngineError
+from appliance.layout import Layout
+from runtime import bits
+from runtime.engine import Engine
+from runtime.kv.fingerprint import Fingerprint, fingerprint
+from runtime.kv.keys import load_master_key
+from runtime.kv.store import KvStore
+from runtime.load import load_engine
+from runtime.server.keys import KeyFolder
+from runtime.server.serve import run
+from runtime.tokenizer import Tokenizer
+
+KV_MASTER_KEY = "kv-master"  # below keys/
+
+
+def serve_current(home: Path, *, parity: bool = False) -> int:
+    """Verify, load and serve until a signal; the exit code. ``parity`` allows the f32 caches of ``kv-f32``."""
+    config = Config.load(home)
+    started_s = time.monotonic()
+    bundle = VerifiedBundle.open_current(home)
+    if bundle.spec.numerics == "kv-f32" and not parity:
+        raise EngineError(
+            f"{bundle.bundle_id} keeps f32 caches (kv-f32), for parity checks only; build it with --numerics kv-v4, "
+            "or serve it with --parity"
+        )
+    _say(f"loading {bundle.bundle_id}: {bundle.manifest.total_bytes:,} bytes, verified")
+    engine = load_engine(bundle, threads=config.engine.threads, context_tokens=config.engine.context_tokens)
+    engine.reuse_mixed = bits.rows_agree(engine)
+    store = open_store(home, bundle, engine, config)
+    notes = describe(engine)
+    _say(f"{engine.backend.description}; ready in {time.monotonic() - started_s:.1f} s; {notes[0]}")
+    keys = KeyFolder(Layout(home).keys)
+    return run(
+        config, engine, Tokenizer.from_file(bundle.tokenizer_path), store, home=home, verify=keys.verify,
+        bundle_id=bundle.bundle_id, backend_description=engine.backend.description, device=engine.backend.device,
+        arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
+        close=store.close,
+    )  # fmt: skip
+
+
+def describe(engine: Engine) -> tuple[str, ...]:
+    """What a person should know about this server, in plain sentences, shown by /health and the console."""
+    reuse = (
+        "single tokens, tails and whole chunks give equal bits here: answers are reused as prompts"
+        if engine.reuse_mixed
+        else "single tokens and chunks differ in bits here: only whole prompt chunks are reused"
+    )
+    return (reuse, "runs on the CPU; Atlas cards: unverified on hardware")
+
+
+def open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:
+    """The KV store of this home, rooted in what the bundle computes; ``kv.enabled: false`` stores nothing."""
+    layout = Layout(home)
+    return KvStore.open(
+        layout.kv, layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
+        master_key=load_master_key(layout.keys / KV_MASTER_KEY), max_bytes=config.kv.max_bytes * config.kv.enabled,
+    )  # fmt: skip
+
+
+def bundle_fingerprint(bundle: VerifiedBundle, engine: Engine) -> Fingerprint:
+    """F of the profile ``full``: every object is mapped. The manifest's own digest is not in it."""
+    files = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    return fingerprint(
+        objects=[entry.sha256 for entry in bundle.manifest.objects], graphs=[files["model.onnx"]], profile="full",
+        tokenizer_sha256=files["tokenizer.json"], encoding=bundle.spec.encoding, numerics=bundle.spec.numerics,
+        layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
+    )  # fmt: skip
+
+
+def _say(message: str) -> None:
+    print(f"solocard-serve: {message}", file=sys.stderr, flush=True)
