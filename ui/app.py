@@ -6,6 +6,7 @@ import asyncio
 
 from textual.app import App
 from textual.events import Resize
+from textual.geometry import Size
 from textual.reactive import reactive
 from textual.theme import Theme
 
@@ -47,11 +48,12 @@ class ConsoleApp(App[None]):
         self.add_mode("models", lambda: self.models_screen)
         self.add_mode("logs", lambda: LogsScreen(context))
 
-    def on_mount(self) -> None:
+    async def on_mount(self) -> None:
         self.register_theme(CALM)
         self.theme = "ansi-dark" if self.context.terminal.native_colors else CALM.name
         self.animation_level = "none"
-        self.switch_mode("overview")
+        await self.switch_mode("overview")
+        self.fit_window(self.size)
         self.run_worker(self.look_again_and_again(), group="looks")
 
     # ---- looking
@@ -80,8 +82,13 @@ class ConsoleApp(App[None]):
     # ---- size
 
     def on_resize(self, event: Resize) -> None:
+        if self.current_mode in MODES:  # before the first screen stands, on_mount looks itself
+            self.fit_window(event.size)
+
+    def fit_window(self, size: Size) -> None:
+        """Cover the screen with one sentence below 80x24; uncover it above."""
         shown = isinstance(self.screen, TooSmallScreen)
-        small = too_small(event.size.width, event.size.height)
+        small = too_small(size.width, size.height)
         if small and not shown:
             self.push_screen(TooSmallScreen(self.context))
         elif shown and not small:

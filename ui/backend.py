@@ -114,6 +114,8 @@ class SocketBackend:
             body = response.read(MAX_ANSWER_BYTES + 1)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise ServerDownError(f"nothing answers at {self.path}") from error
+        except PermissionError as error:
+            raise AnswerError(f"{self.path} may be read only by the user that runs the server (mode 0600)") from error
         except TimeoutError as error:
             raise AnswerError(f"{self.path}: no answer within {self.timeout_s:.0f} s") from error
         except (OSError, http.client.HTTPException) as error:

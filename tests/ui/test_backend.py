@@ -10,7 +10,15 @@ from ui_support import STATUS, FakeAdmin
 
 from appliance.errors import UsageError
 from appliance.wire import Status
-from ui.backend import MAX_ANSWER_BYTES, AnswerError, ReplayBackend, ServerDownError, SocketBackend, read_replay
+from ui.backend import (
+    MAX_ANSWER_BYTES,
+    AnswerError,
+    ReplayBackend,
+    ServerDownError,
+    SocketBackend,
+    UnixConnection,
+    read_replay,
+)
 
 
 @pytest.fixture
@@ -60,6 +68,17 @@ def test_an_answer_nobody_can_read_names_what_is_wrong(
 ) -> None:
     admin.raw = (status, body)
     with pytest.raises(AnswerError, match=message):
+        backend.status()
+
+
+def test_a_socket_of_another_user_says_whose_it_is(
+    admin: FakeAdmin, backend: SocketBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: UnixConnection) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(UnixConnection, "connect", refused)
+    with pytest.raises(AnswerError, match="only by the user that runs the server"):
         backend.status()
 
 

@@ -24,7 +24,7 @@ async def test_overview_with_live_numbers(home: Path) -> None:
         await until(pilot, lambda: app.view.link == "up", "the first look")
         await look(pilot, len(RISING) - 1)
         assert_golden(app, "overview-80x24")
-        assert "peak 120.0" in "\n".join(screen_lines(app))
+        assert "peak  120.0" in "\n".join(screen_lines(app))
 
 
 async def test_overview_on_a_plain_terminal_is_ascii_only(home: Path) -> None:

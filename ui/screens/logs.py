@@ -103,7 +103,7 @@ class LogsScreen(ConsoleScreen):
             parts.append(strings.logs_filtered.format(shown=count(shown), total=count(total), filter=tail.wanted))
         if not tail.following:
             parts.append(strings.logs_paused)
-        elif not tail.wanted:
+        elif not tail.wanted and total:
             parts.append(strings.logs_following.format(total=count(total)))
         self.query_one("#logs-position", Static).update(printable("; ".join(parts)))
 
@@ -111,7 +111,7 @@ class LogsScreen(ConsoleScreen):
 
     def action_filter(self) -> None:
         self.query_one("#filter-line").display = True
-        self.query_one("#filter", Input).focus()
+        self.set_focus(self.query_one("#filter", Input))  # at once: the next key typed belongs to it
 
     def action_follow(self) -> None:
         tail = self.query_one(LogTail)

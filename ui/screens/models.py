@@ -127,7 +127,7 @@ class ModelsScreen(ConsoleScreen):
 
     @on(CommandProgressed)
     def take_progress(self, event: CommandProgressed) -> None:
-        if event.command.arguments != LIST:
+        if event.command.arguments != LIST and not event.progress.done:
             self.query_one(CommandPane).show_step(event.progress)
 
     @on(CommandEnded)

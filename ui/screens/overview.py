@@ -61,7 +61,7 @@ class OverviewScreen(ConsoleScreen):
         title = getattr(strings, f"{view.link}_title")
         body = getattr(strings, f"{view.link}_body").format(
             socket=context.socket_path, start=Command(("serve",), context.home).line,
-            seconds=duration(max(context.poll_s, 1)), problem=printable(view.problem),
+            problem=printable(view.problem),
         )
         self.query_one("#calm-title", Section).show(title)
         self.query_one("#calm-body", Static).update(body)

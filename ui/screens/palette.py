@@ -39,7 +39,7 @@ class PaletteScreen(ModalScreen[Action | None]):
             yield Static("", id="palette-list", markup=False)
 
     def on_mount(self) -> None:
-        self.query_one(Input).focus()
+        self.set_focus(self.query_one(Input))
         self.draw()
 
     @on(Input.Changed)

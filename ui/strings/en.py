@@ -75,7 +75,7 @@ EN = Strings(
         "Nothing answers at {socket}.\n"
         "\n"
         "Start it with   {start}\n"
-        "This screen fills by itself once it answers; it looks every {seconds}.\n"
+        "This screen fills by itself once the server answers.\n"
         "\n"
         "The models screen (F2) works without the server."
     ),
@@ -83,8 +83,9 @@ EN = Strings(
     unreadable_body=(
         "{problem}\n"
         "\n"
-        "The socket is readable only for the user that runs the server (mode 0600).\n"
-        "This screen looks again every {seconds}. The models screen (F2) works meanwhile."
+        "This screen fills by itself once the server answers.\n"
+        "\n"
+        "The models screen (F2) works without the server."
     ),
     models_title="Installed bundles",
     column_bundle="Bundle",
@@ -117,8 +118,8 @@ EN = Strings(
     bundle_line="{bundle}, version {version}, {size}",
     older_release="Note: release {new} is older than release {old}.",
     downtime=(
-        "It must answer its golden prompts first. Then a running server finishes its\n"
-        "requests and starts again with it; meanwhile it does not answer."
+        "It must answer its golden prompts first. Then a running server finishes its "
+        "requests and starts again with it; for that time nothing is served."
     ),
     command_label="Runs",
     undo_label="Undo",

@@ -63,7 +63,7 @@ class TypedConfirm(ModalScreen[bool]):
         return "\n".join(["", *lines, "", *plan.warnings, ""])
 
     def on_mount(self) -> None:
-        self.query_one("#cancel").focus()
+        self.set_focus(self.query_one("#cancel"))
 
     @on(Input.Changed, "#confirm-input")
     def judge(self, event: Input.Changed) -> None:
@@ -79,7 +79,7 @@ class TypedConfirm(ModalScreen[bool]):
         """Enter in the field only moves on: to the verb once the id matches, else it stays."""
         go = self.query_one("#go", Choice)
         if not go.disabled:
-            go.focus()
+            self.set_focus(go)
 
     @on(Choice.Chosen)
     def choose(self, event: Choice.Chosen) -> None:

@@ -33,7 +33,7 @@ class RateMeter(Widget):
         value = f"{rate(newest)} {self.strings.rate_unit}".rjust(VALUE_CELLS)
         room = max(self.size.width - LABEL_CELLS - VALUE_CELLS - PEAK_CELLS - 4, 1)
         shown = self.history[-room:]
-        peak = self.strings.peak.format(rate=rate(max(shown, default=0.0)))
+        peak = self.strings.peak.format(rate=rate(max(shown, default=0.0)).rjust(6))
         return Content.assemble(
             (fit(self.label, LABEL_CELLS), "dim"), (value, "bold"), "  ",
             (sparkline(shown, room, self.glyphs.spark), "$text-accent"), "  ", fit(peak, PEAK_CELLS),
