@@ -114,6 +114,16 @@ def test_keys_come_and_go_without_a_restart(tmp_path) -> None:
     assert folder.verify(second) == "second"
 
 
+def test_two_changes_within_one_tick_of_the_clock_are_both_seen(tmp_path) -> None:
+    first = new_key(tmp_path, "first")
+    folder, now_s = KeyFolder(tmp_path / "keys"), time.time()
+    os.utime(tmp_path / "keys", (now_s, now_s))
+    assert folder.verify(first) == "first"
+    second = new_key(tmp_path, "second")
+    os.utime(tmp_path / "keys", (now_s, now_s))
+    assert folder.verify(second) == "second"
+
+
 def test_a_settled_folder_is_not_read_again(tmp_path, monkeypatch) -> None:
     token = new_key(tmp_path, "first")
     os.utime(tmp_path / "keys", (time.time() - 60,) * 2)
