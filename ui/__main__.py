@@ -57,7 +57,7 @@ def run_console(options: argparse.Namespace) -> int:
         from ui.context import Context
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed; install solocard with its extra: console") from error
-    for name in ("COLUMNS", "LINES"):  # exported by some shells; the terminal itself knows its size, also after a resize
+    for name in ("COLUMNS", "LINES"):  # some shells export them; the terminal itself knows better, also when resized
         os.environ.pop(name, None)
     ConsoleApp(Context(where, socket_path, backend, terminal)).run()
     return 0

@@ -43,9 +43,9 @@ class Command:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What follows ``solocard``; the home is named only where this shell would choose another."""
-        named = () if self.home == usual_home() else ("--home", str(self.home))
-        return (*named, *self.arguments)
+        """What follows ``solocard``; the home is named unless it is the one every shell of this user would choose."""
+        everywhere = "SOLOCARD_HOME" not in os.environ and self.home == usual_home()
+        return (*(() if everywhere else ("--home", str(self.home))), *self.arguments)
 
     @property
     def shown(self) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from ui_support import BUNDLES, FakeSolocard
 
+from appliance.config import home as usual_home
 from appliance.wire import Progress
 from ui import command
 from ui.command import Command, CommandError, Outcome, read_progress
@@ -77,12 +78,12 @@ def test_the_program_beside_the_interpreter_is_found(home: Path, monkeypatch: py
     assert command.executable() == str(home / "solocard")
 
 
-def test_the_shown_line_names_the_home_only_where_the_shell_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = Command(("activate", "a b"), Path("/srv/x"))
-    monkeypatch.delenv("SOLOCARD_HOME", raising=False)
-    assert wanted.shown == "solocard --home /srv/x activate 'a b' --json"
+def test_the_shown_line_works_in_any_shell_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLOCARD_HOME", "/srv/x")
-    assert wanted.shown == "solocard activate 'a b' --json"
+    assert Command(("activate", "a b"), Path("/srv/x")).shown == "solocard --home /srv/x activate 'a b' --json"
+    monkeypatch.delenv("SOLOCARD_HOME")
+    assert Command(("rollback",), Path("/srv/x")).shown == "solocard --home /srv/x rollback --json"
+    assert Command(("rollback",), usual_home()).shown == "solocard rollback --json"
 
 
 def test_fields_of_another_type_fall_back_to_their_defaults() -> None:
