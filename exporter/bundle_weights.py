@@ -17,7 +17,7 @@ from exporter import codec
 from exporter.ops.moe import record_parts
 
 Array = npt.NDArray[Any]
-_NUMPY = {
+_NUMPY: dict[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"), onnx.TensorProto.BFLOAT16: np.dtype("<u2"),
     onnx.TensorProto.UINT8: np.dtype("u1"), onnx.TensorProto.INT64: np.dtype("<i8"),
 }  # fmt: skip
@@ -59,7 +59,9 @@ class BundleWeights(Mapping[str, Array]):
         place = {entry.key: entry.value for entry in tensor.external_data}
         dtype, count = _NUMPY[tensor.data_type], math.prod(tensor.dims)
         path = self._root / place["location"]
-        array: Array = np.fromfile(path, dtype=dtype, count=count, offset=int(place["offset"]))
+        with path.open("rb") as file:
+            file.seek(int(place["offset"]))
+            array: Array = np.frombuffer(file.read(count * dtype.itemsize), dtype)
         if array.size != count:
             raise BundleError(f"{place['location']} is too short for {name}; copy the bundle again")
         return array.reshape(tuple(tensor.dims))

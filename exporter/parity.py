@@ -76,7 +76,8 @@ def run_parity(args: argparse.Namespace) -> int:
     model = reference(BundleWeights(bundle.root, config), config, kv_sim=numerics == "kv-v4")
     expected = model.forward(ids, model.new_state()).numpy()
     failed = []
-    for name, chunks in (("256-token chunks", []), ("5,3,16,1 then 256", [5, 3, 16, 1]), ("one by one", [1] * len(ids))):
+    chunkings = {"256-token chunks": [], "5,3,16,1 then 256": [5, 3, 16, 1], "one by one": [1] * len(ids)}
+    for name, chunks in chunkings.items():
         result = Parity.of(expected, engine_logits(bundle.root, [ids], chunks=chunks)[0])
         passed = result.passed(numerics)
         failed += [] if passed else [name]
@@ -95,5 +96,5 @@ def _reference() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise UsageError("parity needs torch: pip install 'solocard[distill]' (about 200 MB for the CPU build)") from None
+        raise UsageError("parity needs torch: pip install 'solocard[distill]' (the CPU build is about 200 MB)") from None
     return Reference

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from appliance.bundle import VerifiedBundle
 from appliance.config import Config
-from appliance.errors import EngineError
-from appliance.layout import Layout
+from appliance.errors import EngineError, StoreError
 from runtime import bits
 from runtime.engine import Engine
 from runtime.kv.fingerprint import Fingerprint, fingerprint
@@ -24,7 +23,7 @@ from runtime.server.keys import KeyFolder
 from runtime.server.serve import run
 from runtime.tokenizer import Tokenizer
 
-KV_MASTER_KEY = "kv-master"  # below keys/
+KV_MASTER_KEY = "keys/kv-master"  # below SOLOCARD_HOME
 
 
 def serve_current(home: Path, *, parity: bool = False) -> int:
@@ -43,12 +42,12 @@ def serve_current(home: Path, *, parity: bool = False) -> int:
     store = open_store(home, bundle, engine, config)
     notes = describe(engine)
     _say(f"{engine.backend.description}; ready in {time.monotonic() - started_s:.1f} s; {notes[0]}")
-    keys = KeyFolder(Layout(home).keys)
+    keys = KeyFolder(home / "keys")
     return run(
         config, engine, Tokenizer.from_file(bundle.tokenizer_path), store, home=home, verify=keys.verify,
         bundle_id=bundle.bundle_id, backend_description=engine.backend.description, device=engine.backend.device,
         arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
-        close=store.close,
+        close=store.close if store else lambda: None,
     )  # fmt: skip
 
 
@@ -62,12 +61,23 @@ def describe(engine: Engine) -> tuple[str, ...]:
     return (reuse, "runs on the CPU; Atlas cards: unverified on hardware")
 
 
-def open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:
-    """The KV store of this home, rooted in what the bundle computes; ``kv.enabled: false`` stores nothing."""
-    layout = Layout(home)
+def open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore | None:
+    """The KV store of this home, rooted in what the bundle computes; ``kv.enabled: false`` stores nothing.
+
+    None when it cannot be opened: answers do not need it, so the server goes on and says why. BusyError still ends
+    the start: another server has this home.
+    """
+    try:
+        return _open_store(home, bundle, engine, config)
+    except StoreError as error:
+        _say(f"serving without the KV cache: {error}")
+        return None
+
+
+def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:
     return KvStore.open(
-        layout.kv, layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
-        master_key=load_master_key(layout.keys / KV_MASTER_KEY), max_bytes=config.kv.max_bytes * config.kv.enabled,
+        home / "kv", layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
+        master_key=load_master_key(home / KV_MASTER_KEY), max_bytes=config.kv.max_bytes * config.kv.enabled,
     )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def check_length(engine: Engine, store: KvStore, ids: list[int]) -> None:
         tail = engine.prefill(seq, call)
         if seq.n_tokens == boundary and boundary:
             checkpoint = seq.checkpoint
-            assert checkpoint is not None and checkpoint[0] == boundary
+            assert checkpoint is not None
+            assert checkpoint[0] == boundary
             store.put("default", ids[:boundary], lambda i: engine.export_block(seq, i), checkpoint[1])
     cold = [tail]
     for _ in range(STEPS):
