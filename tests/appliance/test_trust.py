@@ -117,6 +117,19 @@ def test_a_removed_new_root_is_missed(desk, tmp_path, role):
         machine.install(stick)
 
 
+def test_a_bundle_from_before_a_key_change_is_refused_under_the_new_root(desk, tmp_path):
+    """Its other keys are still good and anyone can add the new root to the stick; the snapshot says which it was."""
+    stick = desk.release(1)
+    rotate(desk, role="root")
+    (stick / "metadata" / "2.root.json").write_bytes((desk.keys / "root.json").read_bytes())
+    machine = Machine(tmp_path / "home", read_root(desk.keys / "root.json"))
+    with pytest.raises(TrustError, match="from before a key change"):
+        machine.install(stick)
+    older = Machine(tmp_path / "older", desk.root)
+    with pytest.raises(TrustError, match="from before a key change"):
+        older.install(stick)
+
+
 def test_a_new_root_without_the_old_ones_signature_is_refused(desk, tmp_path):
     machine = Machine(tmp_path / "home", desk.root)
     rotate(desk, role="root", sign_old=False)
