@@ -89,6 +89,12 @@ def test_kv_true_has_the_real_cache_bytes():
     assert {s.row_bytes for s in states if s.kind in ("win", "ent")} == {584}
 
 
+@pytest.mark.slow
+def test_kv_true_is_complete(tmp_path):
+    assert sample.write_sample(tmp_path / "kv-true", "kv-true") == 141_489_528
+    inventory.check(Checkpoint.open(tmp_path / "kv-true"))
+
+
 def test_scales_and_codes_use_their_range(tiny):
     checkpoint = Checkpoint.open(tiny)
     scale = checkpoint.read("layers.3.ffn.experts.0.w1.scale")
