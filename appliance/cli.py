@@ -12,6 +12,7 @@ from appliance import cli_admin, cli_models
 from appliance.cli_output import Output
 from appliance.config import home
 from appliance.errors import SolocardError
+from appliance.store import disk_errors
 
 DESCRIPTION = """\
 Solocard serves DeepSeek-V4-Flash from one machine that has no way to the internet. A model arrives as a signed
@@ -65,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     args.home = (args.home or home()).absolute()
     out = Output(args.json)
     try:
-        code: int = args.run(args, out)
-        sys.stdout.flush()
+        with disk_errors(args.home):
+            code: int = args.run(args, out)
+            sys.stdout.flush()
     except SolocardError as error:
         out.error(error)
         return error.exit_code

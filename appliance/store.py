@@ -179,6 +179,8 @@ def disk_errors(where: Path) -> Iterator[None]:
     """OSErrors of the appliance's own disk as SpaceError or StoreError."""
     try:
         yield
+    except BrokenPipeError:  # the reader of our output went away; no disk had a part in it
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpaceError(f"no space left below {where}; free some and run the same command again") from None

@@ -106,6 +106,16 @@ def test_errors_are_one_line_and_the_class_exit_code(home, command, code, capsys
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["install", "."], ["key", "new", "app"], ["list"], ["status"], ["config", "show"]])
+def test_a_home_that_cannot_be_is_one_line_too(tmp_path, command, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    code = main(["--home", str(tmp_path / "file" / "home"), *command])
+    shown = capsys.readouterr()
+    assert code in (0, 2, 6)
+    assert (code == 0) == (shown.err == "")
+    assert code == 0 or (shown.err.startswith("solocard: ") and shown.err.count("\n") == 1)
+
+
 def test_trust_add_asks_a_person(desk, home, monkeypatch, capsys):
     command = ["trust", "add", str(desk.keys / "root.json")]
     assert main(command) == 2
