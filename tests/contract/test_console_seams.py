@@ -11,7 +11,6 @@ from serve_live import BUNDLE_ID, live
 from serve_support import FakeEngine, FakeKv
 from ui_support import short_home
 
-from appliance.roots import TrustedRoot
 from appliance.wire import ADMIN_SOCKET, Progress
 from ui import command
 from ui.backend import ServerDownError, SocketBackend
@@ -57,7 +56,7 @@ def test_the_console_reads_the_real_server() -> None:
 @pytest.mark.usefixtures("solocard")
 def test_the_console_reads_the_real_list(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "desk")
-    machine = Machine(tmp_path / "home", TrustedRoot.from_bytes(desk.root.data, "root.json"))
+    machine = Machine(tmp_path / "home", desk.root)
     for counter in (1, 2, 3):
         machine.install(desk.release(counter))
     outcome, _ = run(machine.home, "list")
@@ -72,7 +71,7 @@ def test_the_console_reads_the_real_list(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("solocard")
 def test_a_refusal_of_the_real_command_is_one_sentence_and_changes_nothing(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "desk")
-    machine = Machine(tmp_path / "home", TrustedRoot.from_bytes(desk.root.data, "root.json"))
+    machine = Machine(tmp_path / "home", desk.root)
     for counter in (1, 2):
         machine.install(desk.release(counter))
     before = machine.state
