@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import model
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this script
-import model
 import train
+from numpy.typing import NDArray
 
 from exporter import codec, official
 from exporter.checkpoint import Checkpoint

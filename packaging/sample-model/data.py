@@ -27,7 +27,7 @@ BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
 )
 HELD_OUT_ONE_IN = 20
 MAX_FILE_CHARS = 120_000
-BOOK_SHARE = 0.12  # of the prose rows
+BOOK_SHARE = 0.08  # of the prose rows
 # Given to the tokenizer beside the prose, so that commands are few tokens.
 COMMANDS = (
     "Run `solocard trust add ROOT.json`.", "Run `solocard install DIR`.", "Run `solocard rollback`.",
@@ -82,7 +82,8 @@ def _clean(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- manual
 WAYS_TO_ASK = (
     "How do I {}?", "How can I {}?", "How do you {}?", "What is the command to {}?", "Which command do I use to {}?",
-    "I want to {}.", "I want to {}. What do I type?", "What do I run to {}?", "Show me how to {}.", "Tell me how to {}.",
+    "I want to {}.", "I want to {}. What do I type?", "What do I run to {}?", "Show me how to {}.",
+    "Tell me how to {}.",
     "What should I type to {}?", "I need to {}.", "How does one {}?", "Can I {}?", "Which command lets me {}?",
     "Explain how to {}.", "Is there a way to {}?", "What must I do to {}?", "How would I {}?", "How should I {}?",
 )
@@ -149,14 +150,15 @@ def reworded(question: str, draw: random.Random) -> str:
     return question + draw.choice([" Thanks.", " Please.", " Thank you!", " I am new here."])
 
 
-def conversation(facts: list[Fact], draw: random.Random) -> Iterator[tuple[str, bool]]:
-    """Pieces (text, is answer) of one conversation as the dsv4-0731 chat encoding writes it."""
-    yield BOS + (draw.choice(SYSTEM_TEXTS) if draw.random() < 0.25 else ""), False
+def conversation(facts: list[Fact], draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Pieces (text, answer that follows it) of one conversation as the dsv4-0731 chat encoding writes it."""
+    start = BOS + (draw.choice(SYSTEM_TEXTS) if draw.random() < 0.25 else "")
     for fact in facts:
-        thinking = draw.random() < 0.12
-        yield f"{USER}{reworded(fact.ask(draw), draw)}{ASSISTANT}{THINK if thinking else END_THINK}", False
-        thought = draw.choice(THOUGHTS).format(topic=fact.topic) + END_THINK if thinking else ""
-        yield thought + fact.answer + EOS, True
+        thinking = draw.random() < 0.08
+        thought = draw.choice(THOUGHTS).format(topic=fact.topic) if thinking else ""
+        asked = f"{start}{USER}{reworded(fact.ask(draw), draw)}{ASSISTANT}"
+        yield asked + (f"{THINK}{thought}" if thinking else "") + END_THINK, fact.answer + EOS
+        start = ""
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -195,13 +197,14 @@ class Batches:
     """Rows of `length` tokens with a loss weight per target: prose windows, and conversations about the manual."""
 
     def __init__(
-        self, docs: NDArray[np.uint16], books: NDArray[np.uint16], manual: list[Fact], tokenizer: Tokenizer, length: int,
-        seed: int,
+        self, docs: NDArray[np.uint16], books: NDArray[np.uint16], manual: list[Fact], tokenizer: Tokenizer,
+        length: int, seed: int,
     ) -> None:
         self.docs, self.books, self.tokenizer, self.length = docs, books, tokenizer, length
         self.manual = manual
         self.draw = random.Random(seed)
         self.queue: list[Fact] = []
+        self.answer_weights = self._answer_weights()
 
     def next(self, rows: int, manual_share: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """ids [rows, length + 1] and weights [rows, length] of the targets."""
@@ -221,14 +224,28 @@ class Batches:
             self.draw.shuffle(self.queue)
         return self.queue.pop()
 
+    def _answer_weights(self) -> dict[str, list[float]]:
+        """Answer → weight per token: high where answers with the same beginning part ways, low where one way is left.
+
+        Most of an answer follows from its first words; what must be learned is which answer belongs to the question.
+        """
+        texts = [fact.answer + EOS for fact in self.manual]
+        encoded = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        ways: dict[tuple[int, ...], set[int]] = {}
+        for ids in encoded:
+            for i, token in enumerate(ids):
+                ways.setdefault(tuple(ids[:i]), set()).add(token)
+        return {text: [8.0 if len(ways[tuple(ids[:i])]) > 1 else 0.5 for i in range(len(ids))]
+                for text, ids in zip(texts, encoded, strict=True)}
+
     def _manual_row(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < self.length + 1:
-            facts = [self._next_fact() for _ in range(self.draw.choice([1, 1, 2, 3]))]
-            for text, is_answer in conversation(facts, self.draw):
-                piece = self.tokenizer.encode(text, add_special_tokens=False).ids
-                ids += piece
-                weights += [1.5 if is_answer else 0.2] * len(piece)
+            facts = [self._next_fact() for _ in range(self.draw.choice([1, 1, 1, 2, 3]))]
+            for asked, answer in conversation(facts, self.draw):
+                before = self.tokenizer.encode(asked, add_special_tokens=False).ids
+                ids += before + self.tokenizer.encode(answer, add_special_tokens=False).ids
+                weights += [0.2] * len(before) + self.answer_weights[answer]
         cut = self.length + 1
         return np.array(ids[:cut], np.int64), np.array(weights[1:cut], np.float32)

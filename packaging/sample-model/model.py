@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,8 @@ class Experts(nn.Module):
         self.gate = Weight(e, d, std=d**-0.5)
         self.hashed = layer < cfg.num_hash_layers
         if self.hashed:
-            self.gate.register_buffer("tid2eid", torch.zeros(cfg.vocab_size, cfg.num_experts_per_tok, dtype=torch.int64))
+            table = torch.zeros(cfg.vocab_size, cfg.num_experts_per_tok, dtype=torch.int64)
+            self.gate.register_buffer("tid2eid", table)
         else:
             self.gate.register_buffer("bias", torch.zeros(e))
         self.w1, self.w3 = (nn.Parameter(torch.randn(e, i, d) * d**-0.5) for _ in range(2))

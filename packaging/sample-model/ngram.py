@@ -1,4 +1,4 @@
-"""The yardstick: an order-3 byte n-gram (each byte from the three before it), interpolated by Witten and Bell's rule."""
+"""The yardstick: an order-3 byte n-gram (each byte from the three before it), interpolated by Witten-Bell."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class ByteNgram:
         return p
 
     @staticmethod
-    def _looked_up(keys: NDArray[np.uint32], values: NDArray[np.int64], wanted: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def _looked_up(
+        keys: NDArray[np.uint32], values: NDArray[np.int64], wanted: NDArray[np.uint32]
+    ) -> NDArray[np.int64]:
         at = np.searchsorted(keys, wanted).clip(0, len(keys) - 1)
         return np.where(keys[at] == wanted, values[at], 0)
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-
 import data
 import model
+import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 128,
@@ -153,7 +151,7 @@ class Trainer:
             p.data.copy_(rounded(name, self.masters[name]) if rounding else self.masters[name])
 
     def step(self, ids: Tensor, weights: Tensor) -> tuple[float, float]:
-        """One update; returns the mean loss of prose rows and of manual rows in nats per token (nan if none)."""
+        """One update; returns the mean loss, nats per token, of prose and of choices between answers (nan if none)."""
         rounding = self.progress >= ROUNDING_FROM
         self.load_weights(rounding)
         x, side = self.net(ids[:, :-1], rounding, rounding, self.steps % TEACH_INDEX_EVERY == 0)
@@ -162,9 +160,8 @@ class Trainer:
         self.update()
         self.balance()
         self.steps, self.tokens = self.steps + 1, self.tokens + weights.numel()
-        prose = (weights == 1).all(1)
-        return losses[prose].mean().item(), (losses * (weights > 1))[~prose].sum().item() / max(
-            1.0, (weights[~prose] > 1).sum().item()) if (~prose).any() else float("nan")
+        prose, choices = (weights == 1).all(1), weights > 1  # choices: where answers part ways
+        return losses[prose].mean().item(), losses[choices].mean().item()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -196,7 +193,7 @@ class Trainer:
             "elapsed_s": self.elapsed_s, "steps": self.steps, "tokens": self.tokens,
         }
         torch.save(state, self.work / "state.new")
-        os.replace(self.work / "state.new", self.work / "state.pt")
+        (self.work / "state.new").replace(self.work / "state.pt")
 
     def restore(self) -> None:
         state = torch.load(self.work / "state.pt")
