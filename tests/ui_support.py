@@ -33,21 +33,64 @@ GOLDEN_HOME = "/srv/solocard/01"
 CELL_PIXELS = 12.2  # width of one cell in textual's SVG
 
 STATUS = Status(
-    bundle_id="solocard-demo-3-0123456789ab", model="deepseek-v4-flash", version="1.2.0", encoding="dsv4-0731",
-    numerics="kv-v4", backend="ort 1.31.1 CPU, function bodies, 2 threads", device="CPU", state="ready",
-    uptime_s=7503.0, window_s=10.0, prefill_tokens_per_s=96.4, decode_tokens_per_s=17.2, running=1, queued=2,
-    queue_depth=8, requests_total=1234, prompt_tokens_total=98765, completion_tokens_total=43210,
-    context_tokens=4096, notes=("unverified on hardware",),
-    kv=KvStatus(enabled=True, used_bytes=1_288_490_189, max_bytes=8_589_934_592, hit_tokens=61_440, miss_tokens=37_325,
-                writing=True, miss_reasons={"no entry": 41, "mixed block": 3}),
+    bundle_id="solocard-demo-3-0123456789ab",
+    model="deepseek-v4-flash",
+    version="1.2.0",
+    encoding="dsv4-0731",
+    numerics="kv-v4",
+    backend="ort 1.31.1 CPU, function bodies, 2 threads",
+    device="CPU",
+    state="ready",
+    uptime_s=7503.0,
+    window_s=10.0,
+    prefill_tokens_per_s=96.4,
+    decode_tokens_per_s=17.2,
+    running=1,
+    queued=2,
+    queue_depth=8,
+    requests_total=1234,
+    prompt_tokens_total=98765,
+    completion_tokens_total=43210,
+    context_tokens=4096,
+    notes=("unverified on hardware",),
+    kv=KvStatus(
+        enabled=True,
+        used_bytes=1_288_490_189,
+        max_bytes=8_589_934_592,
+        hit_tokens=61_440,
+        miss_tokens=37_325,
+        writing=True,
+        miss_reasons={"no entry": 41, "mixed block": 3},
+    ),
 )
 BUNDLES = [
-    {"bundle_id": "solocard-demo-3-0123456789ab", "name": "solocard-demo", "version": "1.2.0", "release_counter": 3,
-     "size_bytes": 11_744_051, "current": True, "previous": False},
-    {"bundle_id": "solocard-demo-2-fedcba987654", "name": "solocard-demo", "version": "1.1.0", "release_counter": 2,
-     "size_bytes": 11_743_990, "current": False, "previous": True},
-    {"bundle_id": "solocard-demo-1-00aa11bb22cc", "name": "solocard-demo", "version": "1.0.0", "release_counter": 1,
-     "size_bytes": 9_961_472, "current": False, "previous": False},
+    {
+        "bundle_id": "solocard-demo-3-0123456789ab",
+        "name": "solocard-demo",
+        "version": "1.2.0",
+        "release_counter": 3,
+        "size_bytes": 11_744_051,
+        "current": True,
+        "previous": False,
+    },
+    {
+        "bundle_id": "solocard-demo-2-fedcba987654",
+        "name": "solocard-demo",
+        "version": "1.1.0",
+        "release_counter": 2,
+        "size_bytes": 11_743_990,
+        "current": False,
+        "previous": True,
+    },
+    {
+        "bundle_id": "solocard-demo-1-00aa11bb22cc",
+        "name": "solocard-demo",
+        "version": "1.0.0",
+        "release_counter": 1,
+        "size_bytes": 9_961_472,
+        "current": False,
+        "previous": False,
+    },
 ]
 
 
@@ -188,7 +231,11 @@ _PROGRAM = """
 
 
 def console(
-    home: Path, *, backend: ConsoleBackend | None = None, plain: bool = False, native_colors: bool = False,
+    home: Path,
+    *,
+    backend: ConsoleBackend | None = None,
+    plain: bool = False,
+    native_colors: bool = False,
     poll_s: float = NEVER_S,
 ) -> ConsoleApp:
     """The application as ``solocard-console`` makes it, looking at the server only when told."""

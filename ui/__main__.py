@@ -36,8 +36,9 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument("--home", type=Path, metavar="DIR", help="the appliance's folder (default: SOLOCARD_HOME)")
     built.add_argument("--ascii", action="store_true", help="draw with ASCII only (serial lines, old terminals)")
-    built.add_argument("--replay", type=Path, metavar="FILE.jsonl",
-                       help="play recorded status lines instead of reading the server")
+    built.add_argument(
+        "--replay", type=Path, metavar="FILE.jsonl", help="play recorded status lines instead of reading the server"
+    )
     return built
 
 

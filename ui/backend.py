@@ -89,8 +89,9 @@ class SocketBackend:
 
     def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
         if len(bytes(path)) > MAX_SOCKET_PATH_BYTES:
-            raise UsageError(f"{path}: longer than the {MAX_SOCKET_PATH_BYTES} bytes a unix socket can have; "
-                             "choose a shorter home")
+            raise UsageError(
+                f"{path}: longer than the {MAX_SOCKET_PATH_BYTES} bytes a unix socket can have; choose a shorter home"
+            )
         self.path, self.timeout_s = path, timeout_s
 
     def status(self) -> Status:

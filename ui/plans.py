@@ -38,16 +38,26 @@ def rollback(row: BundleRow, current: BundleRow | None, strings: Strings, shown:
 
 
 def _plan(
-    title: str, verb: str, row: BundleRow, current: BundleRow | None, arguments: tuple[str, ...],
-    strings: Strings, shown: Shown,
+    title: str,
+    verb: str,
+    row: BundleRow,
+    current: BundleRow | None,
+    arguments: tuple[str, ...],
+    strings: Strings,
+    shown: Shown,
 ) -> Plan:
     warnings = [strings.downtime]
     if current is not None and row.release_counter < current.release_counter:
         warnings.append(strings.older_release.format(new=row.release_counter, old=current.release_counter))
     return Plan(
-        title=title, verb=verb, expected=row.bundle_id,
-        before=described(current, strings), after=described(row, strings), warnings=tuple(warnings),
-        arguments=arguments, command=shown(*arguments),
+        title=title,
+        verb=verb,
+        expected=row.bundle_id,
+        before=described(current, strings),
+        after=described(row, strings),
+        warnings=tuple(warnings),
+        arguments=arguments,
+        command=shown(*arguments),
         undo=strings.undo_none if current is None else shown("rollback"),
     )
 

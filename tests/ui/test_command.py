@@ -36,7 +36,7 @@ def test_a_failure_shows_what_the_command_said(home: Path, solocard: FakeSolocar
 
 
 def test_exit_0_without_a_last_line_is_not_success(home: Path, solocard: FakeSolocard) -> None:
-    solocard.program.write_text("#!/bin/sh\necho '{\"step\": \"copy\", \"message\": \"half\"}'\n")
+    solocard.program.write_text('#!/bin/sh\necho \'{"step": "copy", "message": "half"}\'\n')
     outcome, _ = run(home, "rollback")
     assert outcome.exit_code == 0
     assert not outcome.ok

@@ -10,8 +10,15 @@ from ui.terminal import ASCII, UNICODE
 
 @pytest.mark.parametrize(
     ("size_bytes", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (102_400, "100 KiB"), (8 << 30, "8.0 GiB"), (-1, "0 B"),
-     (9 << 60, "9216 PiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (102_400, "100 KiB"),
+        (8 << 30, "8.0 GiB"),
+        (-1, "0 B"),
+        (9 << 60, "9216 PiB"),
+    ],
 )
 def test_sizes(size_bytes: int, shown: str) -> None:
     assert fmt.byte_size(size_bytes) == shown

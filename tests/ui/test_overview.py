@@ -103,8 +103,14 @@ async def test_what_stops_is_said(home: Path) -> None:
 
 async def test_nothing_a_server_says_can_steer_the_terminal(home: Path) -> None:
     nasty = "\x1b[31m[bold]x[/bold]\x9b2J[/nope]"
-    status = Status(model=nasty, bundle_id=nasty, state=nasty, notes=(nasty,), device=nasty,
-                    kv=KvStatus(miss_reasons={nasty: 1}, enabled=True, writing=False, reason=nasty))
+    status = Status(
+        model=nasty,
+        bundle_id=nasty,
+        state=nasty,
+        notes=(nasty,),
+        device=nasty,
+        kv=KvStatus(miss_reasons={nasty: 1}, enabled=True, writing=False, reason=nasty),
+    )
     app = console(home, backend=ReplayBackend([status]))
     async with open_console(app, (80, 24)) as pilot:
         await until(pilot, lambda: app.view.link == "up", "the first look")

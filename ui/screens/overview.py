@@ -60,7 +60,8 @@ class OverviewScreen(ConsoleScreen):
         strings, context = self.context.strings, self.context
         title = getattr(strings, f"{view.link}_title")
         body = getattr(strings, f"{view.link}_body").format(
-            socket=context.socket_path, start=Command(("serve",), context.home).line,
+            socket=context.socket_path,
+            start=Command(("serve",), context.home).line,
             problem=printable(view.problem),
         )
         self.query_one("#calm-title", Section).show(title)
@@ -77,13 +78,23 @@ class OverviewScreen(ConsoleScreen):
     def _show_kv(self, kv: KvStatus) -> None:
         strings = self.context.strings
         self.query_one("#kv-title", Section).show(kv_title(kv, strings))
-        self.query_one("#kv-used", BarMeter).show(share(kv.used_bytes, kv.max_bytes), strings.kv_disk_caption.format(
-            percent=percent(share(kv.used_bytes, kv.max_bytes)), used=byte_size(kv.used_bytes),
-            max=byte_size(kv.max_bytes),
-        ))
+        self.query_one("#kv-used", BarMeter).show(
+            share(kv.used_bytes, kv.max_bytes),
+            strings.kv_disk_caption.format(
+                percent=percent(share(kv.used_bytes, kv.max_bytes)),
+                used=byte_size(kv.used_bytes),
+                max=byte_size(kv.max_bytes),
+            ),
+        )
         looked = kv.hit_tokens + kv.miss_tokens
-        caption = strings.kv_none_yet if looked == 0 else strings.kv_hits_caption.format(
-            percent=percent(share(kv.hit_tokens, looked)), hit=count(kv.hit_tokens), looked=count(looked),
+        caption = (
+            strings.kv_none_yet
+            if looked == 0
+            else strings.kv_hits_caption.format(
+                percent=percent(share(kv.hit_tokens, looked)),
+                hit=count(kv.hit_tokens),
+                looked=count(looked),
+            )
         )
         self.query_one("#kv-hits", BarMeter).show(share(kv.hit_tokens, looked), caption)
         self.query_one("#kv-missed", Static).update(missed(kv, strings))
@@ -105,7 +116,9 @@ def identity_rows(status: Status, strings: Strings) -> list[tuple[str, str]]:
 def load_rows(status: Status, strings: Strings) -> list[tuple[str, str]]:
     """Requests now and since the start."""
     requests = strings.requests_line.format(
-        running=count(status.running), queued=count(status.queued), depth=count(status.queue_depth),
+        running=count(status.running),
+        queued=count(status.queued),
+        depth=count(status.queue_depth),
         total=count(status.requests_total),
     )
     tokens = strings.tokens_line.format(

@@ -57,9 +57,11 @@ class BundleTable(DataTable[Text]):
     def _row_cells(self, row: BundleRow) -> list[Text]:
         strings, ellipsis = self.context.strings, self.context.glyphs.ellipsis
         texts = [
-            " ", fit(printable(row.bundle_id), self._id_cells(), ellipsis),
+            " ",
+            fit(printable(row.bundle_id), self._id_cells(), ellipsis),
             fit(printable(row.version), CELLS["version"], ellipsis),
-            str(row.release_counter).rjust(CELLS["release"]), byte_size(row.size_bytes).rjust(CELLS["size"]),
+            str(row.release_counter).rjust(CELLS["release"]),
+            byte_size(row.size_bytes).rjust(CELLS["size"]),
             state_word(row, strings),
         ]
         return [Text(text, style="bold" if row.current else "") for text in texts]

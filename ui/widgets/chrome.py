@@ -11,8 +11,11 @@ from ui.format import cell_width
 from ui.view import ServerView
 
 STATE_STYLES = {
-    "ready": "bold $text-success", "down": "bold $text-warning", "unreadable": "bold $text-error",
-    "starting": "bold $text-warning", "draining": "bold $text-warning",
+    "ready": "bold $text-success",
+    "down": "bold $text-warning",
+    "unreadable": "bold $text-error",
+    "starting": "bold $text-warning",
+    "draining": "bold $text-warning",
 }
 
 

@@ -23,7 +23,10 @@ LABEL_CELLS = 12
 def hanging(label: str, text: str) -> list[str]:
     """``text`` wrapped beside ``label``, its further lines indented as far as the first."""
     return textwrap.wrap(
-        text, TEXT_CELLS, initial_indent=label.ljust(LABEL_CELLS), subsequent_indent=" " * LABEL_CELLS,
+        text,
+        TEXT_CELLS,
+        initial_indent=label.ljust(LABEL_CELLS),
+        subsequent_indent=" " * LABEL_CELLS,
         break_on_hyphens=False,
     )
 
@@ -31,8 +34,11 @@ def hanging(label: str, text: str) -> list[str]:
 class TypedConfirm(ModalScreen[bool]):
     """Dismissed with True only after ``plan.expected`` was typed and the verb chosen."""
 
-    BINDINGS = [("escape", "cancel", "cancel"), ("down,right", "app.focus_next", ""),  # noqa: RUF012
-                ("up,left", "app.focus_previous", "")]
+    BINDINGS = [
+        ("escape", "cancel", "cancel"),
+        ("down,right", "app.focus_next", ""),  # noqa: RUF012
+        ("up,left", "app.focus_previous", ""),
+    ]
 
     def __init__(self, context: Context, plan: Plan) -> None:
         super().__init__()
@@ -56,8 +62,10 @@ class TypedConfirm(ModalScreen[bool]):
     def _body(self) -> str:
         plan, strings = self.plan, self.context.strings
         rows = [
-            (strings.change_from, plan.before), (strings.change_to, plan.after),
-            (strings.command_label, plan.command), (strings.undo_label, plan.undo),
+            (strings.change_from, plan.before),
+            (strings.change_to, plan.after),
+            (strings.command_label, plan.command),
+            (strings.undo_label, plan.undo),
         ]
         lines = [line for label, text in rows for line in hanging(label, printable(text))]
         return "\n".join(["", *lines, "", *plan.warnings, ""])

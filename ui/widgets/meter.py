@@ -35,8 +35,12 @@ class RateMeter(Widget):
         shown = self.history[-room:]
         peak = self.strings.peak.format(rate=rate(max(shown, default=0.0)).rjust(6))
         return Content.assemble(
-            (fit(self.label, LABEL_CELLS), "dim"), (value, "bold"), "  ",
-            (sparkline(shown, room, self.glyphs.spark), "$text-accent"), "  ", fit(peak, PEAK_CELLS),
+            (fit(self.label, LABEL_CELLS), "dim"),
+            (value, "bold"),
+            "  ",
+            (sparkline(shown, room, self.glyphs.spark), "$text-accent"),
+            "  ",
+            fit(peak, PEAK_CELLS),
         )
 
 
