@@ -34,9 +34,9 @@ def hanging(label: str, text: str) -> list[str]:
 class TypedConfirm(ModalScreen[bool]):
     """Dismissed with True only after ``plan.expected`` was typed and the verb chosen."""
 
-    BINDINGS = [
+    BINDINGS = [  # noqa: RUF012  textual reads a plain list
         ("escape", "cancel", "cancel"),
-        ("down,right", "app.focus_next", ""),  # noqa: RUF012
+        ("down,right", "app.focus_next", ""),
         ("up,left", "app.focus_previous", ""),
     ]
 
