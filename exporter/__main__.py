@@ -1,14 +1,4 @@
-"""``solocard-export``: from DeepSeek's official V4-Flash checkpoint to a signed bundle.
-
-    sample    write a small random checkpoint in the official format, to try everything with
-    build     turn a checkpoint into an unsigned bundle
-    parity    compare a bundle's engine with the torch reference
-    logits    the engine's logits for given token ids
-    keys      make signing keys
-    sign      sign a built bundle
-
-Build and sign need no torch; parity does.
-"""  # fmt: skip
+"""``solocard-export``: from DeepSeek's official V4-Flash checkpoint to a signed bundle."""
 
 from __future__ import annotations
 
@@ -19,11 +9,23 @@ from collections.abc import Sequence
 from appliance.errors import SolocardError
 from exporter import build, parity, sample, signing
 
+ABOUT = """From DeepSeek's official V4-Flash checkpoint to a signed bundle for machines without internet.
+
+a first round, with random weights:
+  solocard-export sample ckpt --preset tiny       a small checkpoint in the official format
+  solocard-export build ckpt bundle --encoding dsv4-0731
+  solocard-export keys new desk                   signing keys, kept on this side of the air gap
+  solocard-export sign bundle --keys desk         the bundle can now be installed where desk/root.json is trusted
+checks:
+  solocard-export parity bundle                   the serving engine against the torch reference (needs torch)
+  solocard-export logits bundle --ids ids.npy --out logits.npy
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error is one line on stderr and its class's exit code."""
     parser = argparse.ArgumentParser(
-        prog="solocard-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="solocard-export", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample.add_command(commands)

@@ -53,13 +53,19 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--tokens", type=int, default=300, help="length of the random prompt (default: 300)")
     parser.add_argument("--ids", type=Path, help=".npy of token ids to use instead")
     parser.set_defaults(func=run_parity)
-    parser = commands.add_parser("logits", help="the engine's logits for token ids", add_help=False)
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser = commands.add_parser("logits", help="the engine's logits for token ids")
+    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("--ids", required=True, metavar="FILE", help=".npy of token ids, [n] or [p, n] padded with -1")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".npy to write: f32 [n, vocab] or [p, n, vocab]")
+    parser.add_argument("--chunks", metavar="LIST", help="tokens per call, e.g. 5,3,16,1 (default: 256 at a time)")
+    parser.add_argument("--generate", default="0", metavar="N", help="append N greedy tokens")
+    parser.add_argument("--threads", default="1", metavar="N", help="engine threads (default: 1)")
     parser.set_defaults(func=_run_logits)
 
 
 def _run_logits(args: argparse.Namespace) -> int:
-    run_logits(args.rest)
+    options = ["--ids", args.ids, "--out", args.out, "--generate", args.generate, "--threads", args.threads]
+    run_logits([args.bundle, *options, *(["--chunks", args.chunks] if args.chunks else [])])
     return 0
 
 
@@ -96,5 +102,5 @@ def _reference() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise UsageError("parity needs torch: pip install 'solocard[distill]' (the CPU build is about 200 MB)") from None
+        raise UsageError("parity needs torch: pip install 'solocard[distill]' (CPU build: about 200 MB)") from None
     return Reference

@@ -16,7 +16,7 @@ from runtime import logits
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; errors are one line on stderr and the class's exit code."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer library must never look for a network
-    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m runtime", description="The engine: serve, trial, logits.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve the current bundle over HTTP on this machine")
     serve.add_argument("--parity", action="store_true", help="serve a kv-f32 bundle, for parity checks")
