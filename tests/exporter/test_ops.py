@@ -63,7 +63,8 @@ def test_every_fp8_code_and_fp4_nibble_decodes_as_the_format_says() -> None:
     finite = np.arange(256) & 0x7F != 0x7F
     assert np.array_equal(table[finite], numpy_codec.e4m3_decode(np.arange(256, dtype=np.uint8))[finite])
     assert np.isnan(table[[0x7F, 0xFF]]).all()
-    assert codec.E8M0[127] == 1 and codec.E8M0[0] == np.float32(2.0**-127)
+    assert codec.E8M0[127] == 1
+    assert codec.E8M0[0] == np.float32(2.0**-127)
 
 
 def test_sinkhorn_and_stream_mixes_match() -> None:
