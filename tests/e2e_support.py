@@ -29,7 +29,8 @@ MODEL = "deepseek-v4-flash"
 
 def environment(**more: str) -> dict[str, str]:
     """Ours without what the product has to set itself, and with this checkout's packages."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "SOLOCARD_HOME")}
+    own = ("HF_HUB_OFFLINE", "ORT_DISABLE_TELEMETRY", "SOLOCARD_HOME")
+    inherited = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("XDG_")}
     return {**inherited, "PYTHONPATH": str(ROOT), **more}
 
 
@@ -111,15 +112,21 @@ class Appliance:
 
     def __init__(self, home: Path) -> None:
         self.home, self.port = home, free_port()
+        self.user_home = home.with_name("user")  # HOME of whoever runs the commands
         self.process: subprocess.Popen[bytes] | None = None
         self._clients: list[openai.OpenAI] = []
         home.mkdir(parents=True, exist_ok=True)
+        self.user_home.mkdir(exist_ok=True)
         (home / "config.yaml").write_text(f"server:\n  port: {self.port}\n")
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"SOLOCARD_HOME": str(self.home), "HOME": str(self.user_home)}
 
     # -- commands
 
     def solocard(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        return command("appliance.cli", *arguments, code=code, SOLOCARD_HOME=str(self.home))
+        return command("appliance.cli", *arguments, code=code, **self.variables)
 
     def told(self, *arguments: object) -> dict[str, Any]:
         """What a command with --json says at its end."""
@@ -144,7 +151,7 @@ class Appliance:
         out.parent.mkdir(exist_ok=True)
         with out.open("ab") as file:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", *module], env=environment(SOLOCARD_HOME=str(self.home)), cwd="/",
+                [*prefix, sys.executable, "-m", *module], env=environment(**self.variables), cwd="/",
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         until(lambda: self._dead() or self.health().get("status") == "ready", f"server ready ({out})")

@@ -17,6 +17,7 @@ class Installed:
     """A home with release 1 installed and never served; ``outcome`` is what ``install --json`` said."""
 
     home: Path
+    user_home: Path
     bundle_id: str
     outcome: dict[str, Any]
 
@@ -39,7 +40,7 @@ def installed(keys: Path, release_1: Path, tmp_path_factory: pytest.TempPathFact
     machine = Appliance(tmp_path_factory.mktemp("e2e") / "home")
     machine.solocard("trust", "add", keys / "root.json", "--yes")
     outcome = machine.told("install", release_1)
-    return Installed(machine.home, outcome["bundle_id"], outcome)
+    return Installed(machine.home, machine.user_home, outcome["bundle_id"], outcome)
 
 
 @pytest.fixture(scope="module")
