@@ -10,22 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from exporter import codec
 from exporter.ops.body import BFLOAT16, FLOAT, INT32, UINT8, Array, Body, OpFunction, function
 
 KV_GROUP = 64  # elements per E8M0 scale of an attention row (V4 spec: KV nope round trip)
 FP4_GROUP = 32  # elements per E8M0 scale of FP4
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)  # byte 255 is NaN in the format
-
-
-def e4m3_table() -> Array:
-    """The 256 values of e4m3fn as f32; codes 0x7f and 0xff are NaN."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    normal = np.ldexp(8.0 + mantissa, exponent - 10)
-    values = np.where(exponent > 0, normal, np.ldexp(mantissa.astype(np.float64), -9))
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
+E2M1 = codec.e2m1_decode(np.arange(16, dtype=np.uint8))
+E8M0 = codec.e8m0_decode(np.arange(256, dtype=np.uint8))  # byte 255 is NaN in the format
+E4M3 = codec.e4m3_decode(np.arange(256, dtype=np.uint8))  # 0x7f and 0xff are NaN
 
 
 def _count(body: Body, x: str, thresholds: Array, compare: str) -> str:
@@ -120,7 +112,7 @@ def kv_unpack(nope: int, rope: int) -> OpFunction:
     def build(body: Body) -> list[str]:
         sizes = (nope, groups, *((padding,) if padding else ()), 2 * rope)
         parts = body.split(body.cast("rows", INT32), sizes)
-        table = np.nan_to_num(e4m3_table(), nan=0.0)  # a NaN code would poison whole rows; none is ever written
+        table = np.nan_to_num(E4M3, nan=0.0)  # a NaN code would poison whole rows; none is ever written
         values = body.reshape(body.op("Gather", body.const(table), parts[0]), 0, groups, KV_GROUP)
         scale = body.op("Gather", body.const(E8M0), body.unsqueeze(parts[1], -1))
         nope_part = body.reshape(body.op("Mul", values, scale), 0, nope)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from exporter.ops.body import FLOAT, INT32, Body, OpFunction, function
-from exporter.ops.codec import E8M0, e4m3_table
+from exporter.ops.codec import E4M3, E8M0
 
 FP8_BLOCK = 128
 
 
 def _dequantize_fp8(body: Body, rows: int, columns: int) -> str:
     """codes u8 [N, K], scales u8 [⌈N/128⌉, ⌈K/128⌉] → f32 [N, K]; row n uses scale row n // 128."""
-    values = body.op("Gather", body.const(e4m3_table()), body.cast("codes", INT32))
+    values = body.op("Gather", body.const(E4M3), body.cast("codes", INT32))
     scale = body.op("Gather", body.const(E8M0), body.cast("scales", INT32))
     scale = body.op("Gather", scale, body.const(np.arange(rows) // FP8_BLOCK, np.int64), axis=0)
     scale = body.op("Gather", scale, body.const(np.arange(columns) // FP8_BLOCK, np.int64), axis=1)

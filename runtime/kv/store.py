@@ -27,6 +27,7 @@ from runtime.kv.keys import TenantKeys, derive_tenant
 from runtime.kv.layout import KvLayout
 from runtime.kv.record import KEY_GENERATION, Kind, RecordHeader, record_bytes, seal, unseal
 from runtime.kv.segment import SEGMENT_BYTES, Io, Reader, Segments, lock_directory
+from runtime.schedule import prompt_boundary
 
 _OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
 Rows = dict[tuple[bytes, Kind], Row]
@@ -55,11 +56,6 @@ class PutResult:
     reason: str = ""
     records: int = 0
     written_bytes: int = 0
-
-
-def usable_boundary(tokens: int) -> int:
-    """c(n) = 256·⌊(n−1)/256⌋: the last token is always computed, because logits are not stored."""
-    return BLOCK_TOKENS * ((max(tokens, 1) - 1) // BLOCK_TOKENS)
 
 
 class KvStore:
@@ -157,7 +153,7 @@ class KvStore:
     # -- reading
 
     def _find(self, tenant: str, ids: Sequence[int]) -> KvHit:
-        boundary = usable_boundary(len(ids))
+        boundary = prompt_boundary(len(ids))
         if self._max_bytes <= 0:
             return KvHit(0, [], None, "policy")
         if not boundary:

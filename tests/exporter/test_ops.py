@@ -10,7 +10,7 @@ from graph_support import GOLDEN, run_function
 
 from appliance.model import RopeScaling
 from exporter import codec as numpy_codec
-from exporter.ops import codec, hyper, moe
+from exporter.ops import codec, hyper, linear, moe
 from exporter.ops.body import function
 from runtime.rope import frequencies
 
@@ -58,13 +58,13 @@ def test_index_keys_have_the_bytes_of_the_numpy_codec(scale: float) -> None:
     assert differing < 2e-3  # the Hadamard sums run in another order: a value on a rounding edge may flip
 
 
-def test_every_fp8_code_and_fp4_nibble_decodes_as_the_format_says() -> None:
-    table = codec.e4m3_table()
-    finite = np.arange(256) & 0x7F != 0x7F
-    assert np.array_equal(table[finite], numpy_codec.e4m3_decode(np.arange(256, dtype=np.uint8))[finite])
-    assert np.isnan(table[[0x7F, 0xFF]]).all()
-    assert codec.E8M0[127] == 1
-    assert codec.E8M0[0] == np.float32(2.0**-127)
+def test_fp8_weights_multiply_as_the_format_says() -> None:
+    rng = np.random.default_rng(6)
+    x, codes = rng.standard_normal((3, 192)).astype(np.float32), rng.integers(0, 126, (256, 192)).astype(np.uint8)
+    scales = rng.integers(118, 126, (2, 2)).astype(np.uint8)
+    (y,) = run_function(linear.fp8_matmul(256, 192), x=x, codes=codes, scales=scales)
+    exact = x.astype(np.float64) @ numpy_codec.fp8_block_dequantize(codes, scales).astype(np.float64).T
+    assert np.abs(y - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 def test_sinkhorn_and_stream_mixes_match() -> None:

@@ -31,14 +31,15 @@ from appliance.errors import BusyError, EngineError, StoreError
 from runtime.kv.layout import KvLayout
 from runtime.kv.record import record_bytes
 from runtime.kv.segment import SEGMENT_BYTES, Io
-from runtime.kv.store import KvStore, usable_boundary
+from runtime.kv.store import KvStore
+from runtime.schedule import prompt_boundary
 
 
 @pytest.mark.parametrize(("tokens", "boundary"), [
     (0, 0), (1, 0), (255, 0), (256, 0), (257, 256), (384, 256), (511, 256), (512, 256), (513, 512),
     (4096, 3840)])  # fmt: skip
 def test_usable_boundary(tokens, boundary):
-    assert usable_boundary(tokens) == boundary
+    assert prompt_boundary(tokens) == boundary
 
 
 def test_hits_at_the_exact_boundary(tmp_path):
