@@ -9,6 +9,7 @@ import pytest
 from bundle_support import build
 
 from appliance.bundle import BuiltBundle, BundleWriter
+from appliance.bundle_writer import write_synced
 from appliance.errors import BundleError, UsageError
 from appliance.manifest import Chunk, FileEntry, Manifest, ObjectEntry, canonical_json, is_bundle_id
 
@@ -154,3 +155,20 @@ def test_every_damage_of_a_built_bundle_is_named(tmp_path):
                 BuiltBundle.open(tmp_path / "b")
         path.write_bytes(data)
     assert BuiltBundle.open(tmp_path / "b").manifest.name == "sample"
+
+
+def test_a_file_is_replaced_by_rename_never_rewritten(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    write_synced(path, b"old")
+    with path.open("rb") as reader:
+        write_synced(path, b"new")
+        assert (reader.read(), path.read_bytes()) == (b"old", b"new")
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("appliance.bundle_writer.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_synced(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
