@@ -44,6 +44,14 @@ def test_one_thread_gives_equal_bits_in_any_calls(engine: Engine, ids: list[int]
     assert np.array_equal(whole[: len(other)], other)
 
 
+def test_one_thread_gives_equal_bits_far_into_a_context(engine: Engine) -> None:
+    """1,792 tokens in: 448 CSA entries are scored, more than one block of every product."""
+    ids = np.random.default_rng(8).integers(0, engine.spec.config.vocab_size, 2040).tolist()
+    whole = fresh_logits(engine, ids, [256] * 7 + [248])[1792:]
+    other = fresh_logits(engine, ids, [256] * 7 + [100, *([1] * 20), 128])[1792:]
+    assert np.array_equal(whole, other)
+
+
 def test_the_start_up_probe_finds_one_thread_equal(engine: Engine) -> None:
     assert bits.rows_agree(engine)
 
