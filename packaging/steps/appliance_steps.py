@@ -19,7 +19,7 @@ from typing import Any
 
 import question
 from environment import ROOT, VENV, SetupError, clean_environment, read_json, write_json
-from progress import heartbeat, megabytes, say, tree_bytes
+from progress import heartbeat, megabytes, say, talking, tree_bytes
 
 SAMPLE_MODEL = ROOT / "packaging" / "sample-model"
 ENCODING = "dsv4-0731"
@@ -55,7 +55,7 @@ class Demo:
     def make_bundle(self) -> str:
         """Build and sign; the bundle's id."""
         prompts = SAMPLE_MODEL / "golden_prompts.jsonl"
-        golden = ["--golden-prompts", prompts] if self.trained and prompts.is_file() else []
+        golden: list[str | Path] = ["--golden-prompts", prompts] if self.trained and prompts.is_file() else []
         sources = [ROOT / name for name in ("exporter", "appliance", "runtime", "pyproject.toml")]
         digest = digest_of(self.checkpoint, *sources, *golden[1:])
         if not self._is_done("bundle", digest) or not self.bundle.is_dir() or not (self.keys / "root.json").is_file():
@@ -132,14 +132,12 @@ class Demo:
         """Run one command, show what it says and its time; returns its last lines."""
         shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) else a for a in arguments]
         say(f"  {program} {' '.join(shown)}")
-        started_s, tail = time.monotonic(), []
+        tail: list[str] = []
+        started_s = time.monotonic()
         with (
             heartbeat(lambda: f".demo has {megabytes(tree_bytes(self.folder))}") as line,
-            subprocess.Popen(
-                [VENV / "bin" / program, *arguments], env=self._environment(), cwd=ROOT, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            ) as process,
-        ):  # fmt: skip
+            talking([VENV / "bin" / program, *arguments], ROOT, self._environment()) as process,
+        ):
             assert process.stdout is not None
             for text in process.stdout:
                 tail = [*tail[-9:], text.rstrip()]

@@ -111,8 +111,9 @@ What next, from {ROOT}
   serve again   packaging/demo            (on a terminal it serves until Ctrl-C)
   console       .venv/bin/solocard --home {home} console
   status        .venv/bin/solocard --home {home} status
-  curl          curl -sN {url}/chat/completions -H "Authorization: Bearer $(cat {key_file})" \\
-                  -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "stream": true, "max_tokens": 50}}'
+  curl          curl -sN {url}/chat/completions -H "Authorization: Bearer $(cat {key_file})" -d \\
+                  '{{"messages": [{{"role": "user", "content": "Which bundles do I have?"}}], "stream": true,
+                    "thinking": {{"type": "disabled"}}, "max_tokens": 80}}'
   OpenAI SDK    OpenAI(base_url="{url}", api_key=open("{key_file}").read())
   remove it     rm -r .venv .demo"""
 

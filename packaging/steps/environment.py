@@ -20,7 +20,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from progress import heartbeat, megabytes, say, tree_bytes
+from progress import heartbeat, megabytes, say, talking, tree_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
@@ -129,18 +129,16 @@ def _install(label: str, arguments: list[str], asked: Any, what: str) -> None:
 
 def _pip(arguments: list[str]) -> None:
     """pip in ``.venv``, wheels only; says each download with its bytes, and how .venv grows."""
-    command = [
+    command: list[str | Path] = [
         PYTHON, "-m", "pip", "install", "--no-user", "--no-input", "--progress-bar=off", "--disable-pip-version-check",
         "--only-binary=:all:", *arguments,
     ]  # fmt: skip
-    started_s, tail, fetched_bytes = time.monotonic(), [], 0.0
+    tail: list[str] = []
+    started_s, fetched_bytes = time.monotonic(), 0.0
     with (
         heartbeat(lambda: f".venv has {megabytes(tree_bytes(VENV))}") as line,
-        subprocess.Popen(
-            command, env=clean_environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace",
-        ) as pip,
-    ):  # fmt: skip
+        talking(command, ROOT, clean_environment()) as pip,
+    ):
         assert pip.stdout is not None
         for text in pip.stdout:
             tail = [*tail[-TAIL_LINES:], text.rstrip()]

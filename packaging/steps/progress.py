@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BEAT_S = 5.0  # a long step says something at least this often
@@ -61,3 +62,18 @@ def heartbeat(describe: Callable[[], str]) -> Iterator[Callable[[str], None]]:
     finally:
         ended.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def talking(command: Sequence[str | Path], cwd: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A child whose stdout and stderr are read as lines from ``stdout``; ended with us when we are interrupted."""
+    child = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    )  # fmt: skip
+    with child:
+        try:
+            yield child
+        except BaseException:
+            child.terminate()
+            raise
