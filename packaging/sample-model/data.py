@@ -133,7 +133,11 @@ def load_manual(path: Path) -> list[Fact]:
 
 
 def reworded(question: str, draw: random.Random) -> str:
-    """Small changes a person makes: case, full stop, a polite start, a missing question mark."""
+    """Small changes a person makes: words left out, case, full stop, a polite start, a missing question mark."""
+    if draw.random() < 0.3:
+        words = question.split(" ")
+        kept = [word for word in words if draw.random() > 0.2]
+        question = " ".join(kept if len(kept) >= 2 else words)
     roll = draw.random()
     if roll < 0.45:
         return question
@@ -235,7 +239,7 @@ class Batches:
         for ids in encoded:
             for i, token in enumerate(ids):
                 ways.setdefault(tuple(ids[:i]), set()).add(token)
-        return {text: [8.0 if len(ways[tuple(ids[:i])]) > 1 else 0.5 for i in range(len(ids))]
+        return {text: [8.0 if len(ways[tuple(ids[:i])]) > 1 else 1.0 for i in range(len(ids))]
                 for text, ids in zip(texts, encoded, strict=True)}
 
     def _manual_row(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
