@@ -285,6 +285,7 @@ def _arguments(call: ToolCall) -> dict[str, Any]:
     """The call's arguments; what is no JSON object goes in whole, as one parameter named ``arguments``."""
     try:
         parsed = json.loads(call.arguments)
+        _json(parsed).encode()  # an escape may spell half of a surrogate pair, which is no text
     except (ValueError, RecursionError):
         parsed = None
     return parsed if isinstance(parsed, dict) else {"arguments": call.arguments}

@@ -84,11 +84,12 @@ def test_tool_names_and_values_are_text_and_the_frame_is_control() -> None:
     assert render(segments).count("｜DSML｜") == 7
 
 
-def test_arguments_that_are_no_json_object_go_in_whole() -> None:
-    call = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "not json"}}]
+@pytest.mark.parametrize("arguments", ["not json", '{"a": "\\ud800"}', '{"\\ud800": 1}'])
+def test_arguments_that_are_no_json_object_go_in_whole(arguments: str) -> None:
+    call = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]
     text = render(encode_chat(parse_messages([{"role": "assistant", "tool_calls": call}]), DIALECTS["dsv4-0731"],
                               thinking=False))
-    assert '<｜DSML｜parameter name="arguments" string="true">not json</｜DSML｜parameter>' in text
+    assert '<｜DSML｜parameter name="arguments" string="true">' + arguments + '</｜DSML｜parameter>' in text
 
 
 def test_response_format_follows_the_system_text() -> None:
