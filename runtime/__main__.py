@@ -44,9 +44,11 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
 
 def _trial(args: argparse.Namespace) -> int:
     from runtime.load import load_engine
+    from runtime.serving import servable_tokenizer
     from runtime.trial import run_trial
 
     bundle = VerifiedBundle.open_installed(home(), args.bundle_id)
+    servable_tokenizer(bundle)
     config = Config.load(home())
     longest = max((len(g.prompt_ids) + len(g.expected_ids) for g in bundle.spec.goldens), default=2)
     engine = load_engine(bundle, threads=config.engine.threads, context_tokens=max(longest, 2))

@@ -6,6 +6,8 @@ Takes a VerifiedBundle and nothing else: an unsigned directory cannot be served.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ from runtime.kv.keys import load_master_key
 from runtime.kv.store import KvStore
 from runtime.load import load_engine
 from runtime.server.keys import KeyFolder
-from runtime.server.serve import run
+from runtime.server.serve import check_tokenizer, run
 from runtime.tokenizer import Tokenizer
 
 KV_MASTER_KEY = "keys/kv-master"  # below SOLOCARD_HOME
@@ -31,11 +33,7 @@ def serve_current(home: Path, *, parity: bool = False) -> int:
     config = Config.load(home)
     started_s = time.monotonic()
     bundle = VerifiedBundle.open_current(home)
-    if bundle.spec.numerics == "kv-f32" and not parity:
-        raise EngineError(
-            f"{bundle.bundle_id} keeps f32 caches (kv-f32), for parity checks only; build it with --numerics kv-v4, "
-            "or serve it with --parity"
-        )
+    tokenizer = servable_tokenizer(bundle, parity=parity)
     _say(f"loading {bundle.bundle_id}: {bundle.manifest.total_bytes:,} bytes, verified")
     engine = load_engine(bundle, threads=config.engine.threads, context_tokens=config.engine.context_tokens)
     engine.reuse_mixed = bits.rows_agree(engine)
@@ -44,11 +42,26 @@ def serve_current(home: Path, *, parity: bool = False) -> int:
     _say(f"{engine.backend.description}; ready in {time.monotonic() - started_s:.1f} s; {notes[0]}")
     keys = KeyFolder(home / "keys")
     return run(
-        config, engine, Tokenizer.from_file(bundle.tokenizer_path), store, home=home, verify=keys.verify,
+        config, engine, tokenizer, store, home=home, verify=keys.verify,
         bundle_id=bundle.bundle_id, backend_description=engine.backend.description, device=engine.backend.device,
         arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
         close=store.close if store else lambda: None,
     )  # fmt: skip
+
+
+def servable_tokenizer(bundle: VerifiedBundle, *, parity: bool = False) -> Tokenizer:
+    """The bundle's tokenizer, once it is clear that the bundle can be served; asked by the trial too.
+
+    So no bundle becomes current that would then keep the server from starting. EngineError, UsageError or BundleError.
+    """
+    if bundle.spec.numerics == "kv-f32" and not parity:
+        raise EngineError(
+            f"{bundle.bundle_id} keeps f32 caches (kv-f32), for parity checks only; build it with --numerics kv-v4, "
+            "or serve it with --parity"
+        )
+    tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
+    check_tokenizer(tokenizer, bundle.spec.config.eos_token_id)
+    return tokenizer
 
 
 def describe(engine: Engine) -> tuple[str, ...]:
@@ -82,10 +95,16 @@ def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Conf
 
 
 def bundle_fingerprint(bundle: VerifiedBundle, engine: Engine) -> Fingerprint:
-    """F of the profile ``full``: every object is mapped. The manifest's own digest is not in it."""
+    """F of the profile ``full``: every object is mapped. The manifest's own digest is not in it.
+
+    The model's config counts as part of the graph: what the host feeds it (RoPE rows) follows from the config alone,
+    so two bundles may share graph and objects and still compute different rows.
+    """
     files = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    config = json.dumps(dataclasses.asdict(bundle.spec.config), sort_keys=True, separators=(",", ":"))
+    graphs = [files["model.onnx"], hashlib.sha256(config.encode()).hexdigest()]
     return fingerprint(
-        objects=[entry.sha256 for entry in bundle.manifest.objects], graphs=[files["model.onnx"]], profile="full",
+        objects=[entry.sha256 for entry in bundle.manifest.objects], graphs=graphs, profile="full",
         tokenizer_sha256=files["tokenizer.json"], encoding=bundle.spec.encoding, numerics=bundle.spec.numerics,
         layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
     )  # fmt: skip

@@ -53,10 +53,7 @@ def build_service(
     """The parts, checked against each other. Raises UsageError for an unknown dialect, EngineError for a tokenizer
     that lacks the dialect's control tokens."""
     spec = engine.spec
-    for literal in CONTROL_LITERALS:
-        tokenizer.control_id(literal)
-    if tokenizer.control_id(EOS) != spec.config.eos_token_id:
-        raise UsageError(f"tokenizer.json and model.json disagree about the id of {EOS}; build the bundle anew")
+    check_tokenizer(tokenizer, spec.config.eos_token_id)
     info = ServerInfo(
         spec.name, bundle_id, spec.encoding, spec.numerics, backend_description, device, engine.context_tokens,
         _version(), dict(arithmetic or {}), notes,
@@ -66,6 +63,14 @@ def build_service(
         info, tokenizer, dialect(spec.encoding), scheduler, verify, kv.status if kv is not None else KvStatus,
         Limits(max_body_bytes=config.server.max_body_bytes), config.generation.max_tokens_default, tenant,
     )  # fmt: skip
+
+
+def check_tokenizer(tokenizer: Tokenizer, eos_token_id: int) -> None:
+    """EngineError for a tokenizer without the dialects' control tokens, UsageError for another end token."""
+    for literal in CONTROL_LITERALS:
+        tokenizer.control_id(literal)
+    if tokenizer.control_id(EOS) != eos_token_id:
+        raise UsageError(f"tokenizer.json and model.json disagree about the id of {EOS}; build the bundle anew")
 
 
 def run(
