@@ -288,13 +288,21 @@ def test_torch_tests_are_counted_without_torch(steps, tmp_path):
 def test_torch_missing_is_told_and_not_fetched(steps, monkeypatch):
     check, environment = steps("check"), steps("environment")
     fetched = []
-    monkeypatch.setattr(environment, "has_module", lambda name: name != "torch")
+    monkeypatch.setattr(environment, "has_pin", lambda pin: not pin.startswith("torch=="))
     monkeypatch.setattr(environment, "ensure_group", fetched.append)
     with pytest.raises(environment.SetupError, match=r"--torch needs torch==.* in \.venv .*--yes fetches them"):
         check._ensure_torch(yes=False)
     assert fetched == []
     check._ensure_torch(yes=True)
     assert fetched == ["torch-check"]
+
+
+def test_a_pin_is_there_only_in_its_version(steps, monkeypatch):
+    environment = steps("environment")
+    monkeypatch.setattr(environment, "PYTHON", Path(sys.executable))
+    assert environment.has_pin(f"pytest=={pytest.__version__}")
+    assert not environment.has_pin("pytest==0.1")
+    assert not environment.has_pin("no-such-distribution-of-solocard==1")
 
 
 @pytest.mark.parametrize("torch", [False, True])

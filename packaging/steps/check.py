@@ -88,7 +88,7 @@ def _run_all(steps: Iterator[tuple[str, list[str]]], torch: bool) -> int:
 
 def _ensure_torch(yes: bool) -> None:
     wanted = environment.project()["dependency-groups"]["torch-check"]
-    missing = [pin for pin in wanted if not environment.has_module(pin.split("==")[0])]
+    missing = [pin for pin in wanted if not environment.has_pin(pin)]
     if missing and not yes:
         raise SetupError(
             f"--torch needs {', '.join(missing)} in .venv and what these depend on; --yes fetches them.\n"

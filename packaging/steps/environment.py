@@ -80,10 +80,14 @@ def ensure_group(name: str) -> None:
     _install(name, wanted, wanted, f"the group {name}: {', '.join(wanted)}")
 
 
-def has_module(name: str) -> bool:
-    """Whether ``.venv`` can import ``name``; nothing is imported."""
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    return subprocess.run([PYTHON, "-P", "-c", look], env=clean_environment(), check=False).returncode == 0
+def has_pin(pin: str) -> bool:
+    """Whether ``.venv`` holds exactly what ``name==version`` says; a local build such as 2.13.0+cpu counts."""
+    name, _, version = pin.partition("==")
+    look = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    done = subprocess.run(
+        [PYTHON, "-P", "-c", look, name], env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    return done.returncode == 0 and done.stdout.strip().partition("+")[0] == version
 
 
 def _make_venv() -> None:
