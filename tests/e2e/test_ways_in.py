@@ -13,6 +13,8 @@ import pytest
 from e2e_support import Appliance, build_release, command, environment
 from trace_support import NETWORK, calls, strace
 
+from appliance.state import State
+
 FILES = ("openat", "open", "mkdir", "mkdirat", "rename", "renameat2", "creat")
 
 
@@ -93,14 +95,16 @@ def test_logits_take_an_unsigned_bundle_and_touch_neither_network_nor_home(unsig
     assert list(home.iterdir()) == []
 
 
-def test_serve_refuses_f32_caches(keys: Path, tmp_path: Path) -> None:
-    """Signed, installed and tried, such a bundle is still for parity checks only."""
+def test_f32_caches_are_neither_installed_nor_served(keys: Path, tmp_path: Path) -> None:
+    """Signed and whole, such a bundle is still for parity checks only; serve asks again, should it ever be current."""
     bundle = build_release(tmp_path, keys, numerics="kv-f32", name="parity-only")
     machine = Appliance(tmp_path / "home")
     machine.solocard("trust", "add", keys / "root.json", "--yes")
-    machine.solocard("install", bundle)
+    assert "kv-f32" in machine.solocard("install", bundle, code=9).stderr.splitlines()[-1]
+    assert machine.told("status")["current"] == ""
+    [listed] = machine.told("list")["bundles"]
+    State(current=listed["bundle_id"]).write(machine.home)
     said = runtime(machine, "serve", code=10)
-    assert said.startswith("solocard: parity-only-1-")
-    assert "kv-f32" in said
+    assert said.startswith(f"solocard: {listed['bundle_id']} keeps f32 caches (kv-f32)")
     assert "--parity" in said
     assert not (machine.home / "run" / "serve.pid").exists()
