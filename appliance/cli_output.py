@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from appliance.errors import SolocardError
+from appliance.journal import readable
 from appliance.wire import Progress
 
 
@@ -40,7 +41,7 @@ class Output:
             self._line(Progress(step, lines[0] if lines else "", done=True, data=data))
         else:
             self._close_line()
-            print("\n".join(lines))
+            print(readable("\n".join(lines)))
 
     def error(self, error: SolocardError) -> None:
         """The end of a command that did not."""
@@ -48,7 +49,7 @@ class Output:
             data = {"error": type(error).__name__, "exit_code": error.exit_code}
             self._line(Progress("error", str(error), done=True, ok=False, data=data))
         self._close_line()
-        print(f"solocard: {error}", file=sys.stderr)
+        print(readable(f"solocard: {error}"), file=sys.stderr)
 
     def _close_line(self) -> None:
         if self._open_line:
@@ -56,7 +57,7 @@ class Output:
             self._open_line = False
 
     def _line(self, progress: Progress) -> None:
-        print(json.dumps(progress.to_dict(), ensure_ascii=False), flush=True)
+        print(json.dumps(readable(progress.to_dict()), ensure_ascii=False), flush=True)
 
 
 def size(size_bytes: int) -> str:

@@ -150,7 +150,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _yaml(data: bytes, path: Path) -> dict[Any, Any]:
     try:
         raw = yaml.load(data, _StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError) as error:  # a wrong !!tag
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if raw is not None and not isinstance(raw, dict):
         raise UsageError(f"{path} holds {type(raw).__name__}, not settings; see `solocard config show`")

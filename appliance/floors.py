@@ -44,7 +44,7 @@ class Floors:
         found = [floors for floors in (_copy(trust / name) for name in COPIES) if floors is not None]
         if found:
             return max(found, key=lambda floors: floors.generation)
-        if trust.is_dir() and any(trust.iterdir()):
+        if trust.is_dir() and any(path.suffix != ".partial" for path in trust.iterdir()):  # that one came to nothing
             raise StoreError(
                 f"both copies of the version floors in {trust} are lost or damaged; nothing is installed without them. "
                 "If you know why, start over with `solocard trust add ROOT.json --reset`"

@@ -24,7 +24,7 @@ class Journal:
 
     def append(self, event: str, **details: Any) -> None:
         """One line {"event", "time", "pid", details}; StoreError when it cannot be made durable."""
-        record = {"event": event, "pid": os.getpid(), "time": f"{utc_now():%Y-%m-%dT%H:%M:%SZ}", **details}
+        record = {"event": event, "pid": os.getpid(), "time": f"{utc_now():%Y-%m-%dT%H:%M:%SZ}", **readable(details)}
         line = canonical_json(record) + b"\n"
         created = not self.path.exists()
         try:
@@ -54,6 +54,15 @@ class Journal:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read ({error.strerror})") from None
         return [record for record in map(_record, lines) if record is not None]
+
+
+def readable(value: Any) -> Any:
+    """``value`` with every text in it as UTF-8 can hold it: a file name that is no UTF-8 shows as \\udcff."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: readable(inner) for key, inner in value.items()}
+    return [readable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -104,12 +104,15 @@ class Pool:
     def installed(self) -> list[Installed]:
         """Every installed bundle, newest release first. StoreError names a manifest that is damaged."""
         found = []
-        for folder in self.layout.models.glob("*.metadata"):
-            bundle_id = folder.name.removesuffix(".metadata")
-            if is_bundle_id(bundle_id) and (folder / "timestamp.json").exists():
-                m = self.manifest(bundle_id)
-                found.append(Installed(bundle_id, m.name, m.version, m.release_counter, m.total_bytes))
+        for bundle_id in self._ids():
+            m = self.manifest(bundle_id)
+            found.append(Installed(bundle_id, m.name, m.version, m.release_counter, m.total_bytes))
         return sorted(found, key=lambda item: (-item.release_counter, item.bundle_id))
+
+    def _ids(self) -> list[str]:
+        stamps = self.layout.models.glob("*.metadata/timestamp.json")
+        ids = (stamp.parent.name.removesuffix(".metadata") for stamp in stamps)
+        return [bundle_id for bundle_id in ids if is_bundle_id(bundle_id)]
 
     def manifest(self, bundle_id: str) -> Manifest:
         """The stored manifest, its digest compared with the bundle id only. StoreError when damaged or missing."""
@@ -126,7 +129,7 @@ class Pool:
 
     def remove(self, bundle_id: str) -> int:
         """Remove one bundle and every object no other bundle lists; bytes freed. Killed midway, it can be repeated."""
-        others = [self.manifest(i.bundle_id) for i in self.installed() if i.bundle_id != bundle_id]
+        others = [self.manifest(other) for other in self._ids() if other != bundle_id]
         folder = self.layout.metadata(bundle_id)
         (folder / "timestamp.json").unlink(missing_ok=True)
         sync_directory(folder)

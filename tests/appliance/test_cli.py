@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from bundle_support import Desk, Machine
 
 from appliance import cli, cli_admin
 from appliance.cli import build_parser, main
+from appliance.journal import Journal
 from appliance.trial import child_command, child_environment, run_trial
 from appliance.wire import Progress
 
@@ -242,3 +244,36 @@ def test_an_interrupted_command_says_how_to_go_on(home, monkeypatch, capsys):
     monkeypatch.setattr(cli.cli_models, "status", interrupted)
     assert main(["status"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_file_names_that_are_no_utf8(desk, home, golden_trial, capsys):
+    """A stick's file system may hold any bytes: they are shown as escapes, in the journal and on stdout."""
+    main(["trust", "add", str(desk.keys / "root.json"), "--yes"])
+    stick = desk.release(1).rename(desk.folder / os.fsdecode(b"st\xffick"))
+    (stick / os.fsdecode(b"extra\xfe.txt")).write_text("x")
+    capsys.readouterr()
+    assert main(["install", str(stick), "--json"]) == 0
+    assert lines(capsys.readouterr().out)[-1].data["unlisted"] == ["extra\\udcfe.txt"]
+    assert main(["install", str(stick)]) == 0
+    assert "extra\\udcfe.txt" in capsys.readouterr().out
+    assert main(["install", str(desk.folder / os.fsdecode(b"none\xff")), "--json"]) == 2
+    assert "none\\udcff is not a directory" in lines(capsys.readouterr().out)[-1].message
+    assert "st\\udcffick" in [record["source"] for record in Journal(home).read() if "source" in record][0]
+
+
+def test_trust_add_after_a_power_cut_in_its_first_write(desk, home, capsys):
+    (home / "trust").mkdir(parents=True)
+    (home / "trust" / "floors.a.json.partial").write_bytes(b"")
+    assert main(["trust", "add", str(desk.keys / "root.json"), "--yes"]) == 0, capsys.readouterr().err
+
+
+def test_a_bundle_with_a_damaged_list_can_be_removed(desk, home, golden_trial, capsys):
+    main(["trust", "add", str(desk.keys / "root.json"), "--yes"])
+    for counter in (1, 2, 3):
+        assert main(["install", str(desk.release(counter))]) == 0
+    oldest = next(path for path in (home / "models").glob("*.manifest.json") if path.name.startswith("sample-1-"))
+    oldest.unlink()
+    oldest.write_bytes(b"{")
+    assert main(["remove", oldest.name.removesuffix(".manifest.json")]) == 0, capsys.readouterr().err
+    assert main(["verify", "--full"]) == 0  # what the others list is still there
+    assert main(["rollback"]) == 0

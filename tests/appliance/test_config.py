@@ -62,6 +62,8 @@ def test_accepted(text):
         ("a: [1\n", "not valid YAML"),
         ("!!python/object/apply:os.system ['id']\n", "not valid YAML"),
         ("x: \x00\n", "not valid YAML"),
+        ('server: {port: !!bool "x"}\n', "not valid YAML"),
+        ('server: {port: !!timestamp "x"}\n', "not valid YAML"),
         ("#" * 70_000, "longer than 65,536 bytes"),
     ],
 )
