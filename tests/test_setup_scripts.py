@@ -188,11 +188,13 @@ def test_a_changed_pin_and_a_moved_checkout_install_again(environment, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(environment, "project", lambda: changed)
         environment.ensure_product()
+    assert len(environment.asked) == 2
+    environment.ensure_product()
     project = environment.project()
     monkeypatch.setattr(environment, "project", lambda: project)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     environment.ensure_product()
-    assert len(environment.asked) == 3
+    assert len(environment.asked) == 4
 
 
 def test_an_install_that_failed_is_tried_again(environment, monkeypatch):
