@@ -35,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit 0; raises UsageError naming the file or option that is wrong, BundleError for a damaged bundle."""
     bundle = BuiltBundle.open(args.bundle)
     print(f"{bundle.bundle_id}: unsigned", file=sys.stderr)
+    if args.generate < 0:
+        raise UsageError(f"--generate {args.generate}: expected 0 or more")
+    if not args.out.absolute().parent.is_dir():
+        raise UsageError(f"--out {args.out}: there is no such folder")
     prompts, single = read_prompts(args.ids)
     chunks = parse_chunks(args.chunks)
     longest = max(len(prompt) for prompt in prompts) + args.generate
@@ -52,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
 def read_prompts(path: Path) -> tuple[list[list[int]], bool]:
     """→ prompts, and whether the file held a single one [n]."""
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, MemoryError) as error:
         raise UsageError(f"{path}: not a readable .npy of token ids ({error})") from None
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
         raise UsageError(f"{path}: {ids.dtype} {list(ids.shape)}, expected integers [n] or [p, n]")

@@ -258,7 +258,7 @@ def test_file_names_that_are_no_utf8(desk, home, golden_trial, capsys):
     assert "extra\\udcfe.txt" in capsys.readouterr().out
     assert main(["install", str(desk.folder / os.fsdecode(b"none\xff")), "--json"]) == 2
     assert "none\\udcff is not a directory" in lines(capsys.readouterr().out)[-1].message
-    assert "st\\udcffick" in [record["source"] for record in Journal(home).read() if "source" in record][0]
+    assert "st\\udcffick" in next(record["source"] for record in Journal(home).read() if "source" in record)
 
 
 def test_trust_add_after_a_power_cut_in_its_first_write(desk, home, capsys):
