@@ -18,6 +18,7 @@ import model
 import ngram
 import numpy as np
 import torch
+import train
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -176,14 +177,17 @@ def engine_row(bundle: Path, reference: Reference, prompts: list[list[int]]) -> 
 
 # ---------------------------------------------------------------------------------------------------- page
 def training_facts(log: Path) -> dict[str, float]:
-    """step, tokens, minutes of the last step line of the training log, and cpu_minutes of all its runs together."""
+    """minutes and cpu_minutes (all runs together) of the training log; step and tokens of the last saved state."""
     runs: list[dict[str, float]] = []
     for line in log.read_text("utf-8").splitlines():
         if line.startswith("start:"):
             runs.append({})
         elif line.startswith("step "):
-            runs[-1] = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", line)}
-    return runs[-1] | {"cpu_minutes": sum(run.get("cpu_s", 0.0) for run in runs) / 60}
+            runs[-1] |= {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", line)}
+        elif line.startswith("saved at step "):
+            runs[-1]["step"] = float(line.removeprefix("saved at step ").partition(":")[0])
+    tokens = runs[-1]["step"] * train.ROWS * train.LENGTH
+    return runs[-1] | {"tokens": tokens, "cpu_minutes": sum(run.get("cpu_s", 0.0) for run in runs) / 60}
 
 
 def aim(value: float, limit: float, at_most: bool) -> str:
