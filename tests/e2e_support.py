@@ -28,10 +28,10 @@ MODEL = "deepseek-v4-flash"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours without what the product has to set itself, and with this checkout's packages."""
-    own = ("HF_HUB_OFFLINE", "ORT_DISABLE_TELEMETRY", "SOLOCARD_HOME")
-    inherited = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("XDG_")}
-    return {**inherited, "PYTHONPATH": str(ROOT), **more}
+    """A plain shell's, with this checkout's packages: nothing that the product has to set itself, nor the variables
+    of a CI or test run, which onnxruntime takes as a reason to send nothing."""
+    plain = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
+    return {name: os.environ[name] for name in plain if name in os.environ} | {"PYTHONPATH": str(ROOT)} | more
 
 
 def command(*arguments: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
