@@ -94,6 +94,6 @@ def _read(path: Path) -> ApiKey:
         key = ApiKey(raw["name"], raw["sha256"], raw["created"])
         if key.name != path.stem or not _SHA256.fullmatch(key.sha256) or not isinstance(key.created, str):
             raise ValueError("fields")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StoreError(f"{path} is damaged or unreadable; remove it and make the key anew") from None
     return key

@@ -2,7 +2,7 @@
 
 ``GET /admin/v1/status`` on ``run/admin.sock`` (mode 0600) answers a :class:`Status` as JSON;
 ``GET /admin/v1/log?lines=N`` answers ``{"lines": [...]}``. The console reads; nothing here activates anything.
-Every ``solocard … --json`` command prints :class:`Progress` objects as JSON lines on stdout; the last has ``done`` true.
+Every ``solocard … --json`` command prints :class:`Progress` objects as JSON lines; the last has ``done`` true.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _golden_prompts(path: Path | None, config: ModelConfig) -> list[list[int]]:
             if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
                 raise UsageError(f"{path}:{number}: not a list of token ids below {config.vocab_size}")
             prompts.append(ids)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON lines ({error})") from None
     return prompts
 

@@ -172,7 +172,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raw = json.loads(index.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not JSON ({error}); copy the checkpoint again") from None
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

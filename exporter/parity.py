@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
 
 def _run_logits(args: argparse.Namespace) -> int:
     options = ["--ids", args.ids, "--out", args.out, "--generate", args.generate, "--threads", args.threads]
-    run_logits([args.bundle, *options, *(["--chunks", args.chunks] if args.chunks else [])])
+    run_logits([args.bundle, *options, *(["--chunks", args.chunks] if args.chunks is not None else [])])
     return 0
 
 
@@ -74,11 +74,13 @@ def run_parity(args: argparse.Namespace) -> int:
     bundle = BuiltBundle.open(args.bundle)
     reference = _reference()
     config, numerics = bundle.spec.config, bundle.spec.numerics
+    if args.tokens < 1:
+        raise UsageError(f"--tokens {args.tokens}: expected 1 or more")
     if args.ids is None:
         rng = np.random.Generator(np.random.PCG64(7))
         ids = [int(i) for i in rng.integers(0, config.vocab_size, args.tokens)]
     else:
-        ids = [int(i) for i in np.load(args.ids, allow_pickle=False).reshape(-1)]
+        ids = read_ids(args.ids, config.vocab_size)
     model = reference(BundleWeights(bundle.root, config), config, kv_sim=numerics == "kv-v4")
     expected = model.forward(ids, model.new_state()).numpy()
     failed = []
@@ -94,6 +96,18 @@ def run_parity(args: argparse.Namespace) -> int:
     if failed:
         raise EngineError(f"{bundle.bundle_id} ({numerics}) does not agree with the reference: {', '.join(failed)}")
     return 0
+
+
+def read_ids(path: Path, vocab_size: int) -> list[int]:
+    """One prompt's token ids from an .npy [n]; UsageError names the file and what is wrong."""
+    try:
+        with path.open("rb") as file:
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, MemoryError) as error:
+        raise UsageError(f"{path}: not a readable .npy of token ids ({error})") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size or ids.min() < 0 or ids.max() >= vocab_size:
+        raise UsageError(f"{path}: {ids.dtype} {list(ids.shape)}, expected integers [n] of 0 … {vocab_size - 1}")
+    return [int(i) for i in ids]
 
 
 def _reference() -> Any:

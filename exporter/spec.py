@@ -45,7 +45,7 @@ def read_raw(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a checkpoint folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: found a {type(raw).__name__}, expected a JSON object")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from appliance.bundle import VerifiedBundle
 from appliance.config import Config, home
-from appliance.errors import SolocardError
+from appliance.errors import SolocardError, StoreError
 from runtime import logits
 
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SolocardError as error:
         print(f"solocard: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full or read-only disk, a file where a folder belongs
+        print(f"solocard: {error.filename or args.command}: {error.strerror or error}", file=sys.stderr)
+        return StoreError.exit_code
     except KeyboardInterrupt:
         return 130
 

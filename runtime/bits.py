@@ -15,7 +15,8 @@ import numpy.typing as npt
 from runtime.engine import Engine
 
 Logits = npt.NDArray[np.float32]
-_SHAPES = ((256,), (192, 64), (192, 1, 1, 1), (192, 5, 3, 16))  # tokens per call
+_SHAPES = ((256, 16), (192, 64, 16), (192, 1, 1, 1), (192, 5, 3, 16), (256, 1, 1, 1))  # tokens per call
+_TOKENS = sum(_SHAPES[0])  # into the second block: more than one page of entries
 
 
 def logits_of(engine: Engine, ids: Sequence[int], calls: Sequence[int]) -> Logits:
@@ -33,7 +34,7 @@ def logits_of(engine: Engine, ids: Sequence[int], calls: Sequence[int]) -> Logit
 def rows_agree(engine: Engine) -> bool:
     """True when single tokens, tails and one whole chunk gave equal bits in every row both computed."""
     rng = np.random.Generator(np.random.PCG64(256))
-    ids = [int(i) for i in rng.integers(0, engine.spec.config.vocab_size, 256)]
+    ids = [int(i) for i in rng.integers(0, engine.spec.config.vocab_size, _TOKENS)]
     if engine.context_tokens < len(ids):
         return False
     whole = logits_of(engine, ids, _SHAPES[0])

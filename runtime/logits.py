@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit 0; raises UsageError naming the file or option that is wrong, BundleError for a damaged bundle."""
     bundle = BuiltBundle.open(args.bundle)
     print(f"{bundle.bundle_id}: unsigned", file=sys.stderr)
-    if args.generate < 0:
-        raise UsageError(f"--generate {args.generate}: expected 0 or more")
+    if args.generate < 0 or args.threads < 1:
+        raise UsageError(f"--generate {args.generate} --threads {args.threads}: expected 0 and 1 or more")
     if not args.out.absolute().parent.is_dir():
         raise UsageError(f"--out {args.out}: there is no such folder")
     prompts, single = read_prompts(args.ids)
@@ -62,6 +62,8 @@ def read_prompts(path: Path) -> tuple[list[list[int]], bool]:
         raise UsageError(f"{path}: not a readable .npy of token ids ({error})") from None
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or ids.size == 0:
         raise UsageError(f"{path}: {ids.dtype} {list(ids.shape)}, expected integers [n] or [p, n]")
+    if int(ids.max()) > np.iinfo(np.int32).max:
+        raise UsageError(f"{path}: {int(ids.max())} is no token id")
     rows = np.atleast_2d(ids).astype(np.int64)
     prompts = [row[: int(np.argmax(row < 0)) if (row < 0).any() else len(row)].tolist() for row in rows]
     if not all(prompts):

@@ -62,6 +62,7 @@ class Tokenizer:
         text_only = _without_control(raw, set(self._ids))
         vocab: dict[str, int] = text_only["model"]["vocab"]
         self._bytes = {number: _piece_bytes(piece) for piece, number in vocab.items()}
+        self._longest_bytes = max(1, *(len(piece) for piece in self._bytes.values()))
         clash = self._literals.keys() & self._bytes.keys()
         if clash:
             raise BundleError(f"{source}: id {min(clash)} is both a control token and a piece of text; {_BUILDING}")
@@ -116,6 +117,11 @@ class Tokenizer:
             else:
                 ids += self.encode_text(segment)
         return ids
+
+    def least_tokens(self, segments: Iterable[Segment]) -> int:
+        """A lower bound of len(encode(segments)) at the price of a length: text bytes over the longest token's."""
+        size_bytes = sum(len(s.encode("utf-8", "replace")) for s in segments if not isinstance(s, Control))
+        return size_bytes // self._longest_bytes
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, none of them a control token whatever ``text`` spells."""

@@ -59,7 +59,7 @@ def _read(path: Path) -> tuple[str, str] | None:
         if raw["name"] == path.stem and _SHA256.fullmatch(digest):
             return path.stem, digest
         what = "its fields do not fit"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = type(error).__name__
     _log.warning("%s is not a key (%s); remove it and make the key anew", path, what)
     return None

@@ -65,6 +65,8 @@ class Service:
         """
         chat = parse_chat(parse_json(body), self.dialect, self.info.names)
         segments = encode_chat(chat.messages, self.dialect, thinking=chat.thinking, effort=chat.effort)
+        segments = list(segments)
+        self._max_tokens(self.tokenizer.least_tokens(segments), chat.max_tokens)  # before minutes of tokenizing
         prompt_ids = self.tokenizer.encode(segments)
         sampling = chat.sampling(self._max_tokens(len(prompt_ids), chat.max_tokens))
         transcript = Transcript(self.tokenizer, thinking=chat.thinking, stop=chat.stop)
@@ -75,8 +77,8 @@ class Service:
         left = self.info.context_tokens - prompt_tokens
         if left < (asked or 1):
             raise RequestError(
-                f"this model's context is {self.info.context_tokens} tokens; the messages are {prompt_tokens} and the "
-                f"answer may take {asked or 1}: shorten the messages or lower max_tokens",
+                f"this model's context is {self.info.context_tokens} tokens; the messages are {prompt_tokens} or more "
+                f"and the answer may take {asked or 1}: shorten the messages or lower max_tokens",
                 code="context_length_exceeded", param="messages",
             )  # fmt: skip
         return asked if asked is not None else min(self.max_tokens_default, left)

@@ -140,3 +140,10 @@ def test_a_missing_or_broken_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("{")
     with pytest.raises(BundleError, match="not JSON"):
         Tokenizer.from_file(tmp_path / "t.json")
+
+
+def test_the_lower_bound_of_a_prompt_s_tokens_holds():
+    ours = tokenizer()
+    text = "solocard install DIR " * 50 + "ünï¢öde"
+    segments = [text, "tail"]
+    assert 0 < ours.least_tokens(segments) <= len(ours.encode(segments))
