@@ -145,3 +145,11 @@ def test_the_readme_quotes_what_the_scripts_print():
     assert 'say(f"torch suite not run (' in check
     (line,) = [line for line in README.splitlines() if line.startswith("bundle      ")]
     assert line in demo
+
+
+def test_the_readme_quotes_the_quality_page():
+    (claims,) = re.findall(r"- \*\*The real model.*?(?=\n- )", README, re.DOTALL)
+    quality = (ROOT / "docs" / "quality.md").read_text("utf-8")
+    claimed = set(re.findall(r"\d+ of \d+ \([\d.]+ %\)|\d\.\d{2,3}|\d+ minutes", claims))
+    assert len(claimed) >= 7
+    assert {number for number in claimed if number not in quality} == set()
