@@ -19,7 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runtime", description="The engine: serve, trial, logits.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve the current bundle over HTTP on this machine")
-    serve.add_argument("--parity", action="store_true", help="serve a kv-f32 bundle, for parity checks")
     serve.set_defaults(func=_serve)
     trial = commands.add_parser("trial", help="check an installed bundle's golden tokens")
     trial.add_argument("bundle_id")
@@ -62,7 +61,7 @@ def _trial(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from runtime.serving import serve_current
 
-    return int(serve_current(home(), parity=args.parity))
+    return int(serve_current(home()))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from runtime.tokenizer import Tokenizer
 KV_MASTER_KEY = "keys/kv-master"  # below SOLOCARD_HOME
 
 
-def serve_current(home: Path, *, parity: bool = False) -> int:
-    """Verify, load and serve until a signal; the exit code. ``parity`` allows the f32 caches of ``kv-f32``."""
+def serve_current(home: Path) -> int:
+    """Verify, load and serve until a signal; the exit code."""
     config = Config.load(home)
     started_s = time.monotonic()
     bundle = VerifiedBundle.open_current(home)
-    tokenizer = servable_tokenizer(bundle, parity=parity)
+    tokenizer = servable_tokenizer(bundle)
     _say(f"loading {bundle.bundle_id}: {bundle.manifest.total_bytes:,} bytes, verified")
     engine = load_engine(bundle, threads=config.engine.threads, context_tokens=config.engine.context_tokens)
     engine.reuse_mixed = bits.rows_agree(engine)
@@ -49,15 +49,15 @@ def serve_current(home: Path, *, parity: bool = False) -> int:
     )  # fmt: skip
 
 
-def servable_tokenizer(bundle: VerifiedBundle, *, parity: bool = False) -> Tokenizer:
+def servable_tokenizer(bundle: VerifiedBundle) -> Tokenizer:
     """The bundle's tokenizer, once it is clear that the bundle can be served; asked by the trial too.
 
     So no bundle becomes current that would then keep the server from starting. EngineError, UsageError or BundleError.
     """
-    if bundle.spec.numerics == "kv-f32" and not parity:
+    if bundle.spec.numerics == "kv-f32":
         raise EngineError(
-            f"{bundle.bundle_id} keeps f32 caches (kv-f32), for parity checks only; build it with --numerics kv-v4, "
-            "or serve it with --parity"
+            f"{bundle.bundle_id} keeps f32 caches (kv-f32), for parity checks with `solocard-export parity` only; "
+            "build it with --numerics kv-v4 to serve it"
         )
     tokenizer = Tokenizer.from_file(bundle.tokenizer_path)
     check_tokenizer(tokenizer, bundle.spec.config.eos_token_id)

@@ -15,7 +15,7 @@ from runtime.chat.encoding import DIALECTS, encode_chat
 from runtime.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-PROMPTS = 24
+PROMPTS = 8
 
 
 def main() -> None:

@@ -106,5 +106,5 @@ def test_f32_caches_are_neither_installed_nor_served(keys: Path, tmp_path: Path)
     State(current=listed["bundle_id"]).write(machine.home)
     said = runtime(machine, "serve", code=10)
     assert said.startswith(f"solocard: {listed['bundle_id']} keeps f32 caches (kv-f32)")
-    assert "--parity" in said
+    assert "--numerics kv-v4" in said
     assert not (machine.home / "run" / "serve.pid").exists()
