@@ -123,10 +123,6 @@ class Body:
     def unsqueeze(self, x: str, *axes: int) -> str:
         return str(self.op("Unsqueeze", x, self.ints(*axes)))
 
-    def floor_mod(self, a: str, b: str) -> str:
-        """a − b·⌊a/b⌋: ONNX Mod with fmod 0 follows the divisor's sign, so tokens before 0 wrap as they should."""
-        return str(self.op("Mod", a, b))
-
     def rows_per_sequence(self, table: str, index: str, width: int, rank: int) -> str:
         """table [b, n, width], index i64 [b, …] of ``rank`` dims → [b, …, width]: each sequence its own rows."""
         offset = self.op("Mul", self.arange(self.dim(table, 0)), self.dim(table, 1))
