@@ -24,6 +24,7 @@ from exporter import inventory
 from exporter.checkpoint import Checkpoint
 from exporter.goldens import find_goldens
 from exporter.graph import build_graph
+from exporter.progress import Progress
 from exporter.writer import stored_bytes, write_weights
 
 DSPARK_MARK = "markov_w1"  # a tensor only the 0731 refresh has
@@ -73,7 +74,7 @@ def _build(
     partial: Path,
 ) -> Manifest:  # fmt: skip
     writer = BundleWriter(partial)
-    tensors = write_weights(ckpt, writer, _Meter(stored_bytes(ckpt)).add)
+    tensors = write_weights(ckpt, writer, Progress("objects", stored_bytes(ckpt)).add)
     graph = build_graph(ckpt.config, args.numerics, tensors).SerializeToString(deterministic=True)
     writer.add_file("model.onnx", graph)
     if tokenizer is not None:
@@ -160,25 +161,3 @@ def _provenance(ckpt: Checkpoint) -> dict[str, Any]:
     config = json.dumps(dict(ckpt.raw_config), sort_keys=True, separators=(",", ":"))
     files = [{"name": source.path.name, "size_bytes": source.size_bytes} for source in ckpt.sources]
     return {"config_sha256": hashlib.sha256(config.encode()).hexdigest(), "source_files": files}
-
-
-class _Meter:
-    """Bytes, share and rate on stderr, at most twice a second."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._total, self._done = max(total_bytes, 1), 0
-        self._started_s, self._shown_s = time.monotonic(), 0.0
-
-    def add(self, name: str, size_bytes: int) -> None:
-        self._done += size_bytes
-        now_s = time.monotonic()
-        if now_s - self._shown_s < 0.5 and self._done < self._total:
-            return
-        self._shown_s = now_s
-        rate = self._done / max(now_s - self._started_s, 1e-6) / 1e6
-        left_s = (self._total - self._done) / max(rate * 1e6, 1)
-        share = 100 * self._done / self._total
-        print(
-            f"objects: {self._done:,} of {self._total:,} bytes ({share:.0f} %), {rate:.0f} MB/s, {left_s:.0f} s left, "
-            f"{name}", file=sys.stderr,
-        )  # fmt: skip

@@ -6,6 +6,7 @@ tensor by tensor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,44 +100,61 @@ class Checkpoint:
 
     def stream(self, name: str, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
         """The bytes of ``name`` in pieces of at most ``chunk_bytes``."""
-        info, left = self.info(name), self.info(name).size_bytes
-        try:
-            with info.file.open("rb") as handle:
-                handle.seek(info.offset)
-                while left:
-                    chunk = handle.read(min(chunk_bytes, left))
-                    if not chunk:
-                        raise CheckpointError(f"{info.file}: {name} ends {left} bytes early; copy the file again")
-                    left -= len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: {name} cannot be read ({error.strerror})") from None
+        return stream_tensor(self.info(name), chunk_bytes)
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """``name`` as f32: BF16 and F32 exactly, FP8 and FP4 (I8) times their ``.scale`` sibling, exactly."""
         info = self.info(name)
-        raw = self.read(name)
-        if info.dtype == "F32":
-            return raw
-        if info.dtype == "BF16":
-            return codec.bf16_decode(raw)
-        if info.dtype in ("F8_E4M3", "I8"):
-            scale = self._scale(info)
-            return codec.fp4_dequantize(raw, scale) if info.dtype == "I8" else codec.fp8_block_dequantize(raw, scale)
-        raise CheckpointError(f"{info.file}: {name} is {info.dtype}, expected F32, BF16, F8_E4M3 or I8")
+        scale = f"{name.removesuffix('.weight')}.scale"
+        codes = info.dtype in ("F8_E4M3", "I8")
+        return dequantize(info, self.read(name), (self.info(scale), self.read(scale)) if codes else None)
 
-    def _scale(self, info: TensorInfo) -> codec.U8:
-        """The E8M0 sibling of a quantised weight; its shape follows from the weight's."""
-        name = f"{info.name.removesuffix('.weight')}.scale"
-        scale = self.info(name)
-        rows, columns = info.shape if len(info.shape) == 2 else (0, 0)
-        block = codec.WEIGHT_BLOCK
-        expected = (rows, columns // 16) if info.dtype == "I8" else (-(-rows // block), -(-columns // block))
-        if scale.dtype != "F8_E8M0" or scale.shape != expected:
-            raise CheckpointError(
-                f"{scale.file}: {name}: found {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(expected)}"
-            )
-        return self.read(name)
+    @property
+    def headers_sha256(self) -> str:
+        """SHA-256 of config.json and of every tensor's name, dtype, shape and place: names this checkpoint cheaply."""
+        places = [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in self.tensors.values()]
+        text = json.dumps([dict(self.raw_config), sorted(places)], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stream_tensor(info: TensorInfo, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
+    """The bytes of one tensor in pieces of at most ``chunk_bytes``; CheckpointError names file and tensor."""
+    left = info.size_bytes
+    try:
+        with info.file.open("rb") as handle:
+            handle.seek(info.offset)
+            while left:
+                chunk = handle.read(min(chunk_bytes, left))
+                if not chunk:
+                    raise CheckpointError(f"{info.file}: {info.name} ends {left} bytes early; copy the file again")
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: {info.name} cannot be read ({error.strerror})") from None
+
+
+def dequantize(info: TensorInfo, raw: NDArray[Any], scale: tuple[TensorInfo, codec.U8] | None) -> NDArray[np.float32]:
+    """Raw bits of one tensor as f32, exactly; ``scale`` is the E8M0 sibling of FP8 and FP4 (I8) codes."""
+    if info.dtype == "F32":
+        return raw
+    if info.dtype == "BF16":
+        return codec.bf16_decode(raw)
+    if scale is None:
+        raise CheckpointError(f"{info.file}: {info.name} is {info.dtype}, expected F32, BF16, F8_E4M3 or I8")
+    _check_scale(info, scale[0])
+    fp4 = info.dtype == "I8"
+    return codec.fp4_dequantize(raw, scale[1]) if fp4 else codec.fp8_block_dequantize(raw, scale[1])
+
+
+def _check_scale(info: TensorInfo, scale: TensorInfo) -> None:
+    """The sibling's dtype and shape follow from the weight's."""
+    rows, columns = info.shape if len(info.shape) == 2 else (0, 0)
+    block = codec.WEIGHT_BLOCK
+    expected = (rows, columns // 16) if info.dtype == "I8" else (-(-rows // block), -(-columns // block))
+    if scale.dtype != "F8_E8M0" or scale.shape != expected:
+        raise CheckpointError(
+            f"{scale.file}: {scale.name}: found {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(expected)}"
+        )
 
 
 def _single(path: Path) -> dict[str, TensorInfo]:
