@@ -144,11 +144,18 @@ class Reference:
         self, name: str, layer: int, streams: torch.Tensor, ids: torch.Tensor, state: LayerState, start: int,
         keep_all: bool, trace: Trace | None,
     ) -> torch.Tensor:
-        x, post, comb = self._hc_pre(f"{name}.hc_attn", streams)
-        y = self._attention(name, layer, self._norm(x, f"{name}.attn_norm"), state, start, keep_all, trace)
-        streams = self._cast(ops.hc_post(y, streams, post, comb))
+        streams = self._attention_half(name, layer, streams, state, start, keep_all, trace)
         x, post, comb = self._hc_pre(f"{name}.hc_ffn", streams)
         y = self._moe(f"{name}.ffn", layer, self._norm(x, f"{name}.ffn_norm"), ids, trace)
+        return self._cast(ops.hc_post(y, streams, post, comb))
+
+    def _attention_half(
+        self, name: str, layer: int, streams: torch.Tensor, state: LayerState, start: int, keep_all: bool,
+        trace: Trace | None,
+    ) -> torch.Tensor:
+        """Streams [n, S, D] after the attention; the experts' half of a block needs no state."""
+        x, post, comb = self._hc_pre(f"{name}.hc_attn", streams)
+        y = self._attention(name, layer, self._norm(x, f"{name}.attn_norm"), state, start, keep_all, trace)
         return self._cast(ops.hc_post(y, streams, post, comb))
 
     def _hc_pre(self, name: str, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -191,8 +198,12 @@ class Reference:
         if not keep_all:
             state.window.keep_last(c.sliding_window)
         groups = self._cast(ops.unrope(out, table)).reshape(n, c.o_groups, -1)
-        wo_a = self._w(f"{name}.wo_a.weight").unflatten(0, (c.o_groups, c.o_lora_rank))
-        return self._linear(f"{name}.wo_b", self._cast(torch.einsum("ngi,goi->ngo", groups, wo_a)).flatten(1))
+        return self._linear(f"{name}.wo_b", self._grouped_linear(f"{name}.wo_a", groups).flatten(1))
+
+    def _grouped_linear(self, name: str, groups: torch.Tensor) -> torch.Tensor:
+        """groups [n, G, I] to [n, G, R]: group g meets rows g·R … of the weight [G·R, I]; act_sim leaves its input."""
+        weight = self._w(f"{name}.weight").unflatten(0, (groups.shape[1], -1))
+        return self._cast(torch.einsum("ngi,goi->ngo", groups, weight))
 
     def _stored_row(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A window or entry row as later queries read it, and its stored bytes."""
