@@ -1,0 +1,1 @@
+"""What a student lost against its teacher: measured, gated, signed into the bundle."""
