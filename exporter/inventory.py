@@ -5,11 +5,15 @@ A routed expert is FP4 because its tensor is I8, whatever ``expert_dtype`` of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from appliance.errors import CheckpointError
 from appliance.model import ModelConfig
 from exporter.checkpoint import Checkpoint
+from exporter.safetensors_file import NUMPY_DTYPES
 
 Entry = tuple[tuple[int, ...], str]  # shape, dtype
 BLOCK = 128  # rows and columns of one FP8 scale
@@ -60,6 +64,11 @@ def check(checkpoint: Checkpoint) -> None:
         if name not in expected and not name.startswith(EXTRA_PREFIX):
             info = checkpoint.info(name)
             raise CheckpointError(f"{info.file}: tensor {name} does not belong to V4-Flash of this config.json")
+
+
+def size_bytes(entries: Mapping[str, Entry]) -> int:
+    """Tensor bytes of ``entries``."""
+    return sum(math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize for shape, dtype in entries.values())
 
 
 def _fp8(name: str, rows: int, columns: int) -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""Named model configs: the real V4-Flash, and the two sizes the sample writer makes."""
+"""Named model configs: the real V4-Flash, and the sizes the sample writer makes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ TINY = dataclasses.replace(
     max_position_embeddings=4096, compress_ratios=(0, 0, 4, 16, 4, 16, 0),
 )
 
-PRESETS = {"tiny": TINY, "kv-true": KV_TRUE}
+# Real widths, all of attention at real shapes, one layer of each kind (S routed by token id, then C, H): 3 GB with
+# 64 experts, 11 GB with all 256. For what depends on shapes and bytes: speed, memory, disk.
+SLICE = dataclasses.replace(
+    V4_FLASH, num_hidden_layers=3, vocab_size=4096, n_routed_experts=64, num_hash_layers=1, compress_ratios=(0, 4, 128)
+)
+
+PRESETS = {"tiny": TINY, "kv-true": KV_TRUE, "slice": SLICE}
+MTP_BLOCKS = {"tiny": 1, "kv-true": 1, "slice": 0}
 
 
 def preset(name: str) -> ModelConfig:
     """The config of a sample preset. Raises UsageError naming the choices."""
     if name not in PRESETS:
-        raise UsageError(f"preset {name!r} is unknown; choose {' or '.join(PRESETS)}")
+        raise UsageError(f"preset {name!r} is unknown; choose {', '.join(PRESETS)}")
     return PRESETS[name]

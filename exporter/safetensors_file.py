@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ NUMPY_DTYPES: dict[str, str] = {  # F8 and BF16 as raw bits
     "F8_E4M3": "u1", "F8_E8M0": "u1", "I8": "u1", "U8": "u1", "BF16": "<u2", "F16": "<f2", "F32": "<f4",
     "I32": "<i4", "I64": "<i8",
 }
+
+Piece = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +67,41 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
 
 def write_file(path: Path, tensors: Iterable[tuple[str, str, NDArray[Any]]]) -> None:
     """Write (name, dtype, array) in the given order; equal input gives equal bytes. Arrays hold the raw bits."""
+    arrays = {name: (dtype, np.ascontiguousarray(array, NUMPY_DTYPES[dtype])) for name, dtype, array in tensors}
+    entries = [(name, dtype, array.shape) for name, (dtype, array) in arrays.items()]
+    write_streamed(path, entries, lambda name: [arrays[name][1].tobytes()])
+
+
+def write_streamed(
+    path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]], pieces: Callable[[str], Iterable[Piece] | None]
+) -> int:
+    """Write (name, dtype, shape) in the given order, each tensor's bytes as ``pieces(name)`` gives them.
+
+    None makes the tensor all zeros as a hole in the file, which takes no disk. Returns the tensor bytes (holes
+    included). CheckpointError if the pieces of a tensor are not as long as its shape says.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    arrays, offset = [], 0
-    for name, dtype, array in tensors:
-        raw = np.ascontiguousarray(array, NUMPY_DTYPES[dtype])
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + raw.nbytes]}
-        arrays.append(raw)
-        offset += raw.nbytes
+    offset = 0
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    data_start = 8 + len(text)
     with path.open("wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
-        for raw in arrays:
-            handle.write(raw.tobytes())
+        for name, _, _ in entries:
+            end = data_start + int(header[name]["data_offsets"][1])
+            found = pieces(name)
+            for piece in found or ():
+                handle.write(piece)
+            if found is None:
+                handle.seek(end)
+            elif handle.tell() != end:
+                raise CheckpointError(f"writing {path}: {name} is {handle.tell() - end:+,} bytes off its shape's size")
+        handle.truncate(data_start + offset)
+    return offset
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Sample checkpoints: official layout, equal bytes for equal seeds, a tokenizer that the library loads."""
 
 import argparse
+import dataclasses
 import json
+import tracemalloc
 
 import hf_support
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 
 from appliance.errors import UsageError
 from appliance.model import state_tensors
-from exporter import inventory, sample, sample_tokenizer
+from exporter import codec, inventory, sample, sample_tokenizer
 from exporter.checkpoint import Checkpoint
-from exporter.presets import KV_TRUE, TINY
+from exporter.presets import KV_TRUE, SLICE, TINY, V4_FLASH
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_folder_must_be_empty(tiny, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file is not empty"):
         sample.write_sample(tmp_path / "file", "tiny")
-    with pytest.raises(UsageError, match="preset 'huge' is unknown; choose tiny or kv-true"):
+    with pytest.raises(UsageError, match="preset 'huge' is unknown; choose tiny, kv-true, slice"):
         sample.write_sample(tmp_path / "new", "huge")
     assert not (tmp_path / "new").exists()
 
@@ -87,6 +89,59 @@ def test_kv_true_has_the_real_cache_bytes():
     states = state_tensors(KV_TRUE, "kv-v4")
     assert sum(s.rows * s.row_bytes for s in states if s.paged) == 899_648
     assert {s.row_bytes for s in states if s.kind in ("win", "ent")} == {584}
+
+
+def test_slice_has_the_real_widths_and_one_layer_of_each_kind():
+    assert [SLICE.layer_kind(layer) for layer in range(3)] == ["S", "C", "H"]
+    found, real = inventory.expected_tensors(SLICE), inventory.expected_tensors(V4_FLASH)
+    for layer, twin in ((0, 0), (1, 4), (2, 3)):
+        part = {n.removeprefix(f"layers.{layer}."): e for n, e in found.items() if n.startswith(f"layers.{layer}.")}
+        for name, entry in part.items():
+            if not name.startswith("ffn.gate."):  # its rows are the experts or the vocabulary
+                assert real[f"layers.{twin}.{name}"] == entry
+    assert inventory.size_bytes(found) == 3_080_504_604
+
+
+def test_experts_of_a_preset_can_be_replaced(tmp_path, capsys):
+    sample.write_sample(tmp_path / "three", "tiny", experts=3)
+    config = Checkpoint.open(tmp_path / "three").config
+    assert config == dataclasses.replace(TINY, n_routed_experts=3)
+    with pytest.raises(UsageError, match=r"--experts 1: expected 2 \(experts per token\) to 256"):
+        sample.write_sample(tmp_path / "one", "tiny", experts=1)
+    with pytest.raises(UsageError, match="--experts 257"):
+        sample.write_sample(tmp_path / "many", "tiny", experts=257)
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path):
+    config = dataclasses.replace(TINY, n_routed_experts=64, hidden_size=256, moe_intermediate_size=256)
+    largest = max(inventory.size_bytes({n: e}) for n, e in inventory.expected_tensors(config).items())
+    sample_tokenizer.build(config.vocab_size)
+    tracemalloc.start()
+    try:
+        total = sample.write_random(tmp_path / "out", config)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total > 40 * largest
+    assert peak < 20 * largest + (4 << 20)  # f32 copies of one tensor while it is drawn; names and header
+
+
+def test_large_tensors_are_drawn_from_the_same_distribution():
+    weights = sample.RandomWeights(SLICE, 0)
+    small, large = (weights.tensor("layers.1.attn.wq_a.weight", s, "F8_E4M3") for s in ((512, 512), (1100, 1024)))
+    spread = [codec.e4m3_decode(codes).std() for codes in (small, large)]
+    assert abs(spread[0] / spread[1] - 1) < 0.02
+    small, large = (weights.tensor("layers.1.ffn.experts.0.w1.weight", s, "I8") for s in ((512, 512), (2048, 1024)))
+    values = [codec.e2m1_decode(codec.fp4_unpack(packed)) for packed in (small, large)]
+    assert abs(values[0].std() / values[1].std() - 1) < 0.06  # 16 quantiles have shorter tails
+    assert abs(values[1].mean()) < 0.01
+    assert abs(np.corrcoef(values[1][:, 0::2].ravel(), values[1][:, 1::2].ravel())[0, 1]) < 0.01
+
+
+@pytest.mark.slow
+def test_slice_is_complete(tmp_path):
+    assert sample.write_sample(tmp_path / "slice", "slice") == 3_080_504_604
+    inventory.check(Checkpoint.open(tmp_path / "slice"))
 
 
 @pytest.mark.slow
