@@ -25,6 +25,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.goldens import find_goldens
 from exporter.graph import build_graph
 from exporter.progress import Progress
+from exporter.view import View
 from exporter.writer import stored_bytes, write_weights
 
 DSPARK_MARK = "markov_w1"  # a tensor only the 0731 refresh has
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} exists; name a new folder or remove it")
     partial = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    check_space(args.out, stored_bytes(ckpt))
+    check_space(args.out, stored_bytes(View(ckpt)))
     try:
         manifest = _build(args, ckpt, encoding, tokenizer, prompts, partial)
         partial.rename(args.out)
@@ -74,8 +75,9 @@ def _build(
     partial: Path,
 ) -> Manifest:  # fmt: skip
     writer = BundleWriter(partial)
-    tensors = write_weights(ckpt, writer, Progress("objects", stored_bytes(ckpt)).add)
-    graph = build_graph(ckpt.config, args.numerics, tensors).SerializeToString(deterministic=True)
+    view = View(ckpt)
+    tensors = write_weights(view, writer, Progress("objects", stored_bytes(view)).add)
+    graph = build_graph(view, args.numerics, tensors).SerializeToString(deterministic=True)
     writer.add_file("model.onnx", graph)
     if tokenizer is not None:
         writer.add_file("tokenizer.json", tokenizer)

@@ -1,22 +1,26 @@
-"""The one graph of a model: ids in, logits and fresh cache rows out (graph contract v1, docs/ops.md).
+"""The graph of a view: ids in, logits and fresh cache rows out (graph contract v1, docs/ops.md).
 
-Weights are external data in the bundle's objects; nothing of their bytes passes through here.
+Weights are external data in the bundle's objects; nothing of their bytes passes through here. A view that keeps K
+experts of a layer maps the first K records and router rows of objects that may hold more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from appliance.errors import CheckpointError
 from appliance.model import ModelConfig, StateTensor, state_tensors
 from exporter.blocks.layer import LayerContext, layer
+from exporter.blocks.linear import head, is_coded
+from exporter.blocks.moe import is_reordered
 from exporter.ops import hyper
 from exporter.ops.body import BFLOAT16, FLOAT, INT32, INT64, IR_VERSION, UINT8, Body, opset_imports
-from exporter.ops.linear import bf16_matmul
+from exporter.view import View
 
 ONNX_TYPES = {
     "F32": FLOAT, "BF16": BFLOAT16, "I64": INT64, "U8": UINT8, "I8": UINT8, "F8_E4M3": UINT8, "F8_E8M0": UINT8,
@@ -34,6 +38,13 @@ class StoredTensor:
     offset: int
     size_bytes: int
 
+    def first_rows(self, rows: int) -> StoredTensor:
+        """The first ``rows`` rows of it; CheckpointError when fewer are stored."""
+        if self.shape[0] < rows:
+            raise CheckpointError(f"{self.name}: {self.shape[0]} rows are stored in {self.location}, expected {rows}")
+        size_bytes = self.size_bytes // self.shape[0] * rows
+        return replace(self, shape=(rows, *self.shape[1:]), size_bytes=size_bytes)
+
     def to_proto(self) -> TensorProto:
         proto = TensorProto(name=self.name, data_type=ONNX_TYPES[self.dtype], dims=self.shape)
         proto.data_location = TensorProto.EXTERNAL
@@ -42,15 +53,19 @@ class StoredTensor:
         return proto
 
 
-def graph_tensors(config: ModelConfig) -> tuple[str, ...]:
-    """Names of the checkpoint tensors the graph reads as they are; experts come as ``layers.L.ffn.experts``."""
+def graph_tensors(view: View) -> tuple[str, ...]:
+    """Names of the tensors the graph reads as they are; experts come as ``layers.L.ffn.experts``.
+
+    Which linears have a ``.scale`` follows from the dtypes in the view.
+    """
     names = ["embed.weight", "head.weight", "norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale"]
-    for index in range(config.num_hidden_layers):
-        names += [f"layers.{index}.{tail}" for tail in _layer_tensors(config, index)]
+    names += ["head.scale"] if is_coded(view, "head") else []
+    for index in range(view.config.num_hidden_layers):
+        names += [f"layers.{index}.{tail}" for tail in _layer_tensors(view.config, index)]
     return tuple(names)
 
 
-def _layer_tensors(config: ModelConfig, index: int) -> Iterable[str]:
+def _layer_tensors(config: ModelConfig, index: int) -> Iterator[str]:
     yield from (f"hc_{part}_{what}" for part in ("attn", "ffn") for what in ("fn", "base", "scale"))
     yield from ("attn_norm.weight", "ffn_norm.weight", "attn.attn_sink", "attn.q_norm.weight", "attn.kv_norm.weight")
     linears = [f"attn.{w}" for w in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
@@ -68,15 +83,19 @@ def _layer_tensors(config: ModelConfig, index: int) -> Iterable[str]:
     yield "ffn.gate.tid2eid" if index < config.num_hash_layers else "ffn.gate.bias"
 
 
-def build_graph(config: ModelConfig, numerics: str, tensors: Mapping[str, StoredTensor]) -> onnx.ModelProto:
-    """The model's graph over ``tensors`` (every name of graph_tensors, and ``layers.L.ffn.experts`` [E, R])."""
-    body = Body()
+def build_graph(view: View, numerics: str, tensors: Mapping[str, StoredTensor]) -> onnx.ModelProto:
+    """The view's graph over ``tensors``: every name of graph_tensors, and ``layers.L.ffn.experts`` [E, R].
+
+    Experts and router rows may be stored in full: the graph maps the first ``view.experts_kept[L]`` of them. Layers
+    whose kept experts are not in official order carry ``layers.L.ffn.official`` i64 [K].
+    """
+    config, body = view.config, Body()
     states = state_tensors(config, numerics)
     b_m = body.op("Shape", "ids")
     flat_ids = body.reshape("ids", -1)
     half = config.qk_rope_head_dim // 2
     rope = {name: body.reshape(name, -1, half) for name in ("cos_main", "sin_main", "cos_comp", "sin_comp")}
-    ctx = LayerContext(config, numerics, flat_ids, b_m, rope)
+    ctx = LayerContext(view, numerics, flat_ids, b_m, rope)
     h = body.cast(body.op("Gather", "embed.weight", flat_ids, axis=0), FLOAT)
     h = body.op("Expand", body.unsqueeze(h, 1), body.ints(1, config.hc_mult, 1))
     fresh: dict[str, str] = {}
@@ -84,26 +103,38 @@ def build_graph(config: ModelConfig, numerics: str, tensors: Mapping[str, Stored
         h, rows = layer(body, ctx, index, h)
         fresh |= rows
     h = body.op("Gather", h, "rows_out", axis=0)
-    head = hyper.hc_head(config.hc_mult, config.hidden_size, config.hc_eps, config.rms_norm_eps)
-    x = body.call(head, h, "hc_head_fn", "hc_head_base", "hc_head_scale")
+    collect = hyper.hc_head(config.hc_mult, config.hidden_size, config.hc_eps, config.rms_norm_eps)
+    x = body.call(collect, h, "hc_head_fn", "hc_head_base", "hc_head_scale")
     x = body.rms_norm(x, body.cast("norm.weight", FLOAT), config.rms_norm_eps)
-    logits = bf16_matmul(body, x, "head.weight")
-    outputs = {"logits": logits} | {f"{s.name}.new": fresh[s.name] for s in states}
+    outputs = {"logits": head(body, view, x)} | {f"{s.name}.new": fresh[s.name] for s in states}
     for name, value in outputs.items():
         body.nodes.append(helper.make_node("Identity", [value], [name], name=f"{name}_out"))
-    return _model(body, config, states, tensors)
+    return _model(body, view, states, tensors)
+
+
+def _initializers(view: View, tensors: Mapping[str, StoredTensor]) -> Iterator[TensorProto]:
+    """What is stored, by name, cut to the experts kept; then K and, where it says anything, the official ids."""
+    cut: dict[str, int] = {}
+    for index, kept in enumerate(view.experts_kept):
+        cut |= {f"layers.{index}.ffn.{part}": kept for part in ("experts", "gate.weight", "gate.bias")}
+    for name in sorted(tensors):
+        yield (tensors[name].first_rows(cut[name]) if name in cut else tensors[name]).to_proto()
+    for index in range(view.config.num_hash_layers, view.config.num_hidden_layers):
+        yield numpy_helper.from_array(np.array(view.experts_kept[index], np.int64), f"layers.{index}.ffn.n_kept")
+    for index, kept in enumerate(view.experts_kept):
+        if is_reordered(view, index):
+            official = np.array(view.ranking.orders[index][:kept], np.int64)
+            yield numpy_helper.from_array(official, f"layers.{index}.ffn.official")
 
 
 def _model(
-    body: Body, config: ModelConfig, states: tuple[StateTensor, ...], tensors: Mapping[str, StoredTensor]
+    body: Body, view: View, states: tuple[StateTensor, ...], tensors: Mapping[str, StoredTensor]
 ) -> onnx.ModelProto:
-    initializers = [tensors[name].to_proto() for name in sorted(tensors)]
-    for index in range(config.num_hash_layers, config.num_hidden_layers):
-        kept = np.array(config.n_routed_experts, np.int64)
-        initializers.append(numpy_helper.from_array(kept, f"layers.{index}.ffn.n_kept"))
+    config = view.config
     graph = helper.make_graph(
-        body.nodes, "deepseek_v4_flash", _inputs(config, states), _outputs(config, states), initializers
-    )
+        body.nodes, "deepseek_v4_flash", _inputs(config, states), _outputs(config, states),
+        list(_initializers(view, tensors)),
+    )  # fmt: skip
     functions = [function.to_proto() for function in body.functions.values()]
     return helper.make_model(
         graph, opset_imports=opset_imports(), ir_version=IR_VERSION, functions=functions, producer_name="solocard"

@@ -17,6 +17,7 @@ from exporter.__main__ import main as export
 from exporter.checkpoint import Checkpoint
 from exporter.graph import build_graph
 from exporter.ops.body import Body, OpFunction, opset_imports
+from exporter.view import View
 from exporter.writer import write_weights
 from runtime.backends.base import Arrays
 from runtime.backends.ort import OrtBackend, ort  # onnxruntime by the product's import, which keeps it offline
@@ -38,12 +39,24 @@ def quick_engine(
     max_sequences: int = 1, wrap: Callable[[OrtBackend], Any] = lambda backend: backend,
 ) -> Engine:  # fmt: skip
     """Graph and objects without manifest and golden search: for tests that want many engines."""
-    ckpt = Checkpoint.open(checkpoint)
+    view = View(Checkpoint.open(checkpoint))
+    return view_engine(
+        view, folder, numerics=numerics, threads=threads, context_tokens=context_tokens, max_sequences=max_sequences,
+        wrap=wrap,
+    )  # fmt: skip
+
+
+def view_engine(
+    view: View, folder: Path, *, numerics: str = "kv-v4", threads: int = 1, context_tokens: int = 2048,
+    max_sequences: int = 1, wrap: Callable[[OrtBackend], Any] = lambda backend: backend,
+) -> Engine:  # fmt: skip
+    """As quick_engine, of any view."""
     shutil.rmtree(folder, ignore_errors=True)
-    tensors = write_weights(ckpt, BundleWriter(folder), lambda name, size_bytes: None)
+    tensors = write_weights(view, BundleWriter(folder), lambda name, size_bytes: None)
     graph = folder / "model.onnx"
-    graph.write_bytes(build_graph(ckpt.config, numerics, tensors).SerializeToString(deterministic=True))
-    spec = ModelSpec("test", ckpt.config, state_tensors(ckpt.config, numerics), "dsv4-0731", numerics, (), ())
+    graph.write_bytes(build_graph(view, numerics, tensors).SerializeToString(deterministic=True))
+    config = view.config
+    spec = ModelSpec("test", config, state_tensors(config, numerics), "dsv4-0731", numerics, (), ())
     backend = wrap(OrtBackend(graph, threads=threads))
     return Engine(spec, backend, context_tokens=context_tokens, max_sequences=max_sequences)
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporter.blocks.linear import grouped_linear, linear
 from exporter.ops import codec
 from exporter.ops.attention import sparse_attention
 from exporter.ops.body import FLOAT, Body, OpFunction
 from exporter.ops.compressor import compressor
 from exporter.ops.indexer import lightning_indexer
-from exporter.ops.linear import bf16_matmul, fp8_grouped_matmul, fp8_matmul
+from exporter.ops.linear import bf16_matmul
 from exporter.ops.rope import rope
 
 if TYPE_CHECKING:
     from exporter.blocks.layer import LayerContext
-
-
-def fp8(body: Body, x: str, name: str, rows: int, columns: int) -> str:
-    """x [T, K] times the stored FP8 weight ``name`` [N, K]."""
-    return str(body.call(fp8_matmul(rows, columns), x, f"{name}.weight", f"{name}.scale"))
 
 
 def _split_rows(body: Body, ctx: LayerContext, x: str, *dims: int) -> str:
@@ -49,10 +45,10 @@ def attention(body: Body, ctx: LayerContext, index: int, x: str) -> tuple[str, d
     pack, unpack = _row_codecs(ctx)
 
     q_norm, kv_norm = (body.cast(f"{at}.{norm}.weight", FLOAT) for norm in ("q_norm", "kv_norm"))
-    latent = body.rms_norm(fp8(body, x, f"{at}.wq_a", cfg.q_lora_rank, cfg.hidden_size), q_norm, eps)
-    q = fp8(body, latent, f"{at}.wq_b", cfg.num_attention_heads * d, cfg.q_lora_rank)
+    latent = body.rms_norm(linear(body, ctx.view, x, f"{at}.wq_a", cfg.q_lora_rank, cfg.hidden_size), q_norm, eps)
+    q = linear(body, ctx.view, latent, f"{at}.wq_b", cfg.num_attention_heads * d, cfg.q_lora_rank)
     q = body.call(rope(d, rope_dim, norm_eps=eps), body.reshape(q, -1, cfg.num_attention_heads, d), cos, sin)
-    kv = body.rms_norm(fp8(body, x, f"{at}.wkv", d, cfg.hidden_size), kv_norm, eps)
+    kv = body.rms_norm(linear(body, ctx.view, x, f"{at}.wkv", d, cfg.hidden_size), kv_norm, eps)
     kv = body.reshape(body.call(rope(d, rope_dim), body.reshape(kv, -1, 1, d), cos, sin), -1, d)
     rows = _split_rows(body, ctx, kv if pack is None else body.call(pack, kv), ctx.row)
     fresh = {f"layers.{index}.win": rows}
@@ -72,9 +68,9 @@ def attention(body: Body, ctx: LayerContext, index: int, x: str) -> tuple[str, d
     o = body.reshape(o, -1, cfg.num_attention_heads, d)
     o = body.call(rope(d, rope_dim, inverse=True), o, cos, sin)
     per_group = cfg.num_attention_heads * d // cfg.o_groups
-    grouped = fp8_grouped_matmul(cfg.o_groups, cfg.o_lora_rank, per_group)
-    o = body.call(grouped, body.reshape(o, -1, cfg.o_groups, per_group), f"{at}.wo_a.weight", f"{at}.wo_a.scale")
-    return fp8(body, o, f"{at}.wo_b", cfg.hidden_size, cfg.o_groups * cfg.o_lora_rank), fresh
+    o = body.reshape(o, -1, cfg.o_groups, per_group)
+    o = grouped_linear(body, ctx.view, o, f"{at}.wo_a", cfg.o_groups, cfg.o_lora_rank, per_group)
+    return linear(body, ctx.view, o, f"{at}.wo_b", cfg.hidden_size, cfg.o_groups * cfg.o_lora_rank), fresh
 
 
 def _compressed(
@@ -111,7 +107,7 @@ def _select(body: Body, ctx: LayerContext, index: int, x: str, latent: str, fres
     cfg, state, name = ctx.config, f"layers.{index}", f"layers.{index}.attn.indexer"
     heads, dim, ratio = cfg.index_n_heads, cfg.index_head_dim, cfg.compress_ratios[index]
     pack, unpack = _index_codecs(ctx)
-    q = fp8(body, latent, f"{name}.wq_b", heads * dim, cfg.q_lora_rank)
+    q = linear(body, ctx.view, latent, f"{name}.wq_b", heads * dim, cfg.q_lora_rank)
     turn = rope(dim, cfg.qk_rope_head_dim)
     q = body.call(turn, body.reshape(q, -1, heads, dim), ctx.rope["cos_comp"], ctx.rope["sin_comp"])
     weights = bf16_matmul(body, x, f"{name}.weights_proj.weight")

@@ -10,17 +10,22 @@ from exporter.blocks.attention import attention
 from exporter.blocks.moe import feed_forward
 from exporter.ops import hyper
 from exporter.ops.body import Body
+from exporter.view import View
 
 
 @dataclass(frozen=True)
 class LayerContext:
     """What every block needs besides its own weights. Value names of graph inputs; T = b·m."""
 
-    config: ModelConfig
+    view: View
     numerics: str
     input_ids: str  # i64 [T]
     b_m: str  # i64 [2] = (b, m)
     rope: Mapping[str, str]  # cos_main, sin_main, cos_comp, sin_comp: f32 [T, rope/2]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.view.config
 
     @property
     def row(self) -> int:

@@ -16,6 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.engine_process import engine_logits
 from exporter.graph import StoredTensor, build_graph, graph_tensors
 from exporter.ops.moe import record_parts
+from exporter.view import View
 from runtime.backends.ort import OrtBackend
 from runtime.engine import Engine
 from runtime.logits import sequence_logits
@@ -75,9 +76,10 @@ def test_one_wrong_byte_or_nibble_breaks_parity(change: Callable[[np.ndarray], N
 
 def test_graph_holds_no_weight_bytes_and_names_every_dim() -> None:
     ckpt = Checkpoint.open(GOLDEN / "tiny-q")
-    names = [*graph_tensors(ckpt.config), *(f"layers.{i}.ffn.experts" for i in range(6))]
-    tensors = {n: StoredTensor(n, "F32", (1,), "objects/00/x", 0, 4) for n in names}
-    model = build_graph(ckpt.config, "kv-v4", tensors)
+    rows = ckpt.config.n_routed_experts
+    names = [*graph_tensors(View(ckpt)), *(f"layers.{i}.ffn.experts" for i in range(6))]
+    tensors = {n: StoredTensor(n, "F32", (rows,), "objects/00/x", 0, 4 * rows) for n in names}
+    model = build_graph(View(ckpt), "kv-v4", tensors)
     assert {o.version for o in model.opset_import if o.domain == ""} == {18}
     assert model.ir_version == 8
     assert all(len(t.raw_data) <= 8 for t in model.graph.initializer)
