@@ -29,12 +29,12 @@ CHUNK_BYTES = 16 << 20  # of objects without records of their own
 class BundleWriter:
     """Fills the empty or absent directory ``out``: any number of objects and files, then :meth:`finish`.
 
-    UsageError when ``out`` holds anything already; SpaceError when the disk is full. One writer, one thread.
+    UsageError when ``out`` holds anything already (unless ``resume``); SpaceError when the disk is full. One thread.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, resume: bool = False) -> None:
         self.out = out
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} exists and is not an empty directory; name a new one or empty it")
         (out / "objects").mkdir(parents=True, exist_ok=True)
         self._objects: dict[str, ObjectEntry] = {}
@@ -64,6 +64,10 @@ class BundleWriter:
             raise _space(error, self.out) from None
         finally:
             self._partial.unlink(missing_ok=True)
+
+    def adopt(self, entry: ObjectEntry) -> None:
+        """List an object that lies at its place already, complete and fsynced."""
+        self._objects[entry.sha256] = entry
 
     def _place(self, entry: ObjectEntry) -> ObjectEntry:
         if entry.sha256 in self._objects:
@@ -117,24 +121,26 @@ class BundleWriter:
 
 
 class _RecordHasher:
-    """Hash of the whole and of each record, in one pass over the pieces."""
+    """Hash of the whole and of each record, in one pass over the pieces; the first record is hashed once for both."""
 
     def __init__(self, record_bytes: int) -> None:
         self.record_bytes = record_bytes
         self.size_bytes = 0
-        self._whole, self._record, self._filled = hashlib.sha256(), hashlib.sha256(), 0
+        self._whole = self._record = hashlib.sha256()
+        self._filled = 0
         self._chunks: list[Chunk] = []
 
     def update(self, view: memoryview) -> None:
-        self._whole.update(view)
         self.size_bytes += len(view)
         while len(view):
-            part = view[: self.record_bytes - self._filled]
-            self._record.update(part)
-            self._filled += len(part)
-            view = view[len(part) :]
             if self._filled == self.record_bytes:
                 self._close()
+            part = view[: self.record_bytes - self._filled]
+            self._record.update(part)
+            if self._record is not self._whole:
+                self._whole.update(part)
+            self._filled += len(part)
+            view = view[len(part) :]
 
     def _close(self) -> None:
         offset = len(self._chunks) * self.record_bytes
@@ -144,10 +150,9 @@ class _RecordHasher:
     def entry(self, *, whole_records: bool) -> ObjectEntry:
         if self.size_bytes == 0:
             raise BundleError("an object is empty; leave it out")
-        if self._filled and whole_records:
+        if self._filled != self.record_bytes and whole_records:
             raise BundleError(f"an object of {self.size_bytes:,} bytes is no multiple of {self.record_bytes:,}")
-        if self._filled:
-            self._close()
+        self._close()
         return ObjectEntry(self._whole.hexdigest(), self.size_bytes, tuple(self._chunks))
 
 
