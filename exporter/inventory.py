@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,10 +19,20 @@ from exporter.safetensors_file import NUMPY_DTYPES
 Entry = tuple[tuple[int, ...], str]  # shape, dtype
 BLOCK = 128  # rows and columns of one FP8 scale
 EXTRA_PREFIX = "mtp."  # MTP block of the preview, DSpark stages of the refresh: tolerated, not needed
+DSPARK_MARK = "markov_w1"  # a tensor only the 0731 refresh has
 
 
-def expected_tensors(config: ModelConfig, *, mtp: int = 0) -> dict[str, Entry]:
-    """name → (shape, dtype) of the backbone and of ``mtp`` MTP blocks, in the official order."""
+@dataclass(frozen=True, slots=True)
+class DSpark:
+    """The draft stages of the 0731 refresh: blocks mtp.0 …, the first reads ``targets`` layers, the last predicts."""
+
+    stages: int = 3
+    targets: int = 3
+    markov_rank: int = 256
+
+
+def expected_tensors(config: ModelConfig, *, mtp: int = 0, dspark: DSpark | None = None) -> dict[str, Entry]:
+    """name → (shape, dtype) of the backbone and of ``mtp`` MTP blocks or of DSpark, in the official order."""
     dims = config.hidden_size
     found: dict[str, Entry] = {"embed.weight": ((config.vocab_size, dims), "BF16")}
     for layer in range(config.num_hidden_layers):
@@ -34,7 +45,20 @@ def expected_tensors(config: ModelConfig, *, mtp: int = 0) -> dict[str, Entry]:
         found |= {**_fp8(f"{name}.e_proj", dims, dims), **_fp8(f"{name}.h_proj", dims, dims)}
         found |= {f"{name}.{norm}.weight": ((dims,), "BF16") for norm in ("enorm", "hnorm")}
         found |= _head(config, f"{name}.")
-    return found
+    return found | (_dspark(config, dspark) if dspark else {})
+
+
+def draft_of(checkpoint: Checkpoint) -> tuple[int, DSpark | None]:
+    """(MTP blocks, DSpark) that the checkpoint's names and config.json tell of."""
+    numbers = {name.split(".")[1] for name in checkpoint.names if name.startswith(EXTRA_PREFIX)}
+    if not any(DSPARK_MARK in name for name in checkpoint.names):
+        return len(numbers), None
+    raw, usual = checkpoint.raw_config, DSpark()
+    targets, rank = raw.get("dspark_target_layer_ids"), raw.get("dspark_markov_rank")
+    return 0, DSpark(
+        len(numbers), len(targets) if isinstance(targets, list) else usual.targets,
+        rank if type(rank) is int else usual.markov_rank,
+    )  # fmt: skip
 
 
 def block_tensors(config: ModelConfig, name: str, ratio: int, hashed: bool) -> dict[str, Entry]:
@@ -88,6 +112,22 @@ def _head(config: ModelConfig, prefix: str) -> dict[str, Entry]:
         f"{prefix}hc_head_base": ((streams,), "F32"),
         f"{prefix}hc_head_scale": ((1,), "F32"),
     }
+
+
+def _dspark(config: ModelConfig, dspark: DSpark) -> dict[str, Entry]:
+    """Facts from the refresh's file headers (V4 spec: DSpark)."""
+    dims, vocabulary, rank = config.hidden_size, config.vocab_size, dspark.markov_rank
+    found: dict[str, Entry] = {}
+    for stage in range(dspark.stages):
+        found |= block_tensors(config, f"mtp.{stage}", 0, hashed=False)
+    found |= _fp8("mtp.0.main_proj", dims, dspark.targets * dims)
+    found["mtp.0.main_norm.weight"] = ((dims,), "BF16")
+    last = f"mtp.{dspark.stages - 1}"
+    found |= _head(config, f"{last}.")
+    for part in ("markov_w1", "markov_w2"):
+        found[f"{last}.markov_head.{part}.weight"] = ((vocabulary, rank), "BF16")
+    found[f"{last}.confidence_head.proj.weight"] = ((1, dims + rank), "BF16")
+    return found
 
 
 def _compressor(name: str, ratio: int, width: int, dims: int, overlap: int) -> Iterator[tuple[str, Entry]]:

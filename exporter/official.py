@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from appliance.errors import CheckpointError, SpaceError, UsageError
 from appliance.model import ModelConfig
 from exporter import spec
-from exporter.inventory import expected_tensors
+from exporter.inventory import DSpark, expected_tensors
 from exporter.safetensors_file import NUMPY_DTYPES, write_streamed
 
 TensorSource = Callable[[str, tuple[int, ...], str], NDArray[Any]]
@@ -27,17 +27,18 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_checkpoint(
-    out: Path, config: ModelConfig, tensor: TensorSource, *, mtp: int = 1, tokenizer: Mapping[str, Any] | None = None,
-    report: Report | None = None,
+    out: Path, config: ModelConfig, tensor: TensorSource, *, mtp: int = 1, dspark: DSpark | None = None,
+    tokenizer: Mapping[str, Any] | None = None, report: Report | None = None,
 ) -> int:  # fmt: skip
-    """Write every tensor of ``config``; returns the tensor bytes written.
+    """Write every tensor of ``config`` with ``mtp`` MTP blocks or DSpark's stages; returns the tensor bytes written.
 
     ``tensor(name, shape, dtype)`` gives the raw bits: uint8 for F8_E4M3, F8_E8M0 and I8 (packed FP4), uint16 for
     BF16, float32 for F32, int64 for I64. ``tokenizer`` is a tokenizer.json. UsageError if ``out`` is not empty,
     SpaceError if the disk is full.
     """
     partial = claim_folder(out)
-    entries = expected_tensors(config, mtp=mtp)
+    mtp = 0 if dspark else mtp
+    entries = expected_tensors(config, mtp=mtp, dspark=dspark)
 
     def pieces(name: str) -> Iterable[memoryview]:
         raw = _raw(tensor, name, *entries[name])
@@ -50,7 +51,7 @@ def write_checkpoint(
         for file, names in shard_files(entries).items():
             total_bytes += write_streamed(partial / file, [(n, entries[n][1], entries[n][0]) for n in names], pieces)
         write_index(partial, shard_files(entries), total_bytes)
-        write_json(partial / "config.json", spec.config_json(config, mtp_layers=mtp))
+        write_json(partial / "config.json", _config_json(config, mtp, dspark))
         write_json(partial / "generation_config.json", _generation_config(config))
         if tokenizer is not None:
             write_json(partial / "tokenizer.json", tokenizer)
@@ -107,6 +108,17 @@ def _raw(tensor: TensorSource, name: str, shape: tuple[int, ...], dtype: str) ->
     if array.shape != shape:
         raise CheckpointError(f"writing {name}: array of shape {list(array.shape)}, expected {dtype} {list(shape)}")
     return np.ascontiguousarray(array, NUMPY_DTYPES[dtype]).reshape(-1).view(np.uint8).data
+
+
+def _config_json(config: ModelConfig, mtp: int, dspark: DSpark | None) -> dict[str, Any]:
+    if dspark is None:
+        return spec.config_json(config, mtp_layers=mtp)
+    layers = config.num_hidden_layers
+    return spec.config_json(config, mtp_layers=dspark.stages) | {
+        "num_nextn_predict_layers": 1, "dspark_block_size": 5, "dspark_markov_rank": dspark.markov_rank,
+        "dspark_noise_token_id": config.vocab_size - 1,
+        "dspark_target_layer_ids": list(range(layers - dspark.targets, layers)),
+    }  # fmt: skip
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:

@@ -27,21 +27,26 @@ from exporter.progress import Progress
 
 _FP8_SPREAD = 112.0  # largest standard deviation of E4M3 codes: 4 of them reach 448
 _FP4_SPREAD = 2.4
+DRAFTS = ("none", "mtp", "dspark")
 _FAST_BYTES = 1 << 20  # above: drawn by the byte
 _SILENT_BYTES = 256 << 20  # above: shows progress
 _GAINS = {"head": 2.0, "gate": 2.0, "w1": 1.5, "w3": 1.5, "hc": 0.7}  # times 1/sqrt(inputs); others 1
 
 
-def write_sample(out: Path, preset_name: str, seed: int = 0, *, experts: int | None = None) -> int:
+def write_sample(
+    out: Path, preset_name: str, seed: int = 0, *, experts: int | None = None, draft: str | None = None
+) -> int:
     """Write the checkpoint of ``preset_name`` ("tiny", "kv-true", "slice") to the empty folder ``out``; its bytes.
 
-    ``experts`` replaces the preset's routed experts a layer. UsageError if ``out`` is not empty, the preset is unknown
-    or a token could not choose its experts.
+    ``experts`` replaces the preset's routed experts a layer, ``draft`` ("none", "mtp", "dspark") its draft stages, as
+    the first release ("mtp") or the 0731 refresh ("dspark") has them. UsageError if ``out`` is not empty, the preset is
+    unknown or a token could not choose its experts.
     """
     config = preset(preset_name)
     if experts is not None:
         config = dataclasses.replace(config, n_routed_experts=_allowed(config, experts))
-    return write_random(out, config, seed, mtp=MTP_BLOCKS[preset_name])
+    mtp = MTP_BLOCKS[preset_name] if draft is None else int(draft == "mtp")
+    return write_random(out, config, seed, mtp=mtp, dspark=inventory.DSpark() if draft == "dspark" else None)
 
 
 def _allowed(config: ModelConfig, experts: int) -> int:
@@ -51,30 +56,32 @@ def _allowed(config: ModelConfig, experts: int) -> int:
     return experts
 
 
-def write_random(out: Path, config: ModelConfig, seed: int = 0, *, mtp: int = 1) -> int:
+def write_random(
+    out: Path, config: ModelConfig, seed: int = 0, *, mtp: int = 1, dspark: inventory.DSpark | None = None
+) -> int:
     """A random checkpoint of any config, with a tokenizer where the vocabulary has room for one."""
     room = sample_tokenizer.text_capacity(config.vocab_size) >= 256
     tokenizer = sample_tokenizer.build(config.vocab_size) if room else None
-    total_bytes = inventory.size_bytes(inventory.expected_tensors(config, mtp=mtp))
+    total_bytes = inventory.size_bytes(inventory.expected_tensors(config, mtp=mtp, dspark=dspark))
     progress = Progress("sample", total_bytes) if total_bytes > _SILENT_BYTES else None
     weights = RandomWeights(config, seed)
-    return write_checkpoint(
-        out, config, weights.tensor, mtp=mtp, tokenizer=tokenizer, report=progress.add if progress else None
-    )
+    report = progress.add if progress else None
+    return write_checkpoint(out, config, weights.tensor, mtp=mtp, dspark=dspark, tokenizer=tokenizer, report=report)
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``sample OUT --preset tiny|kv-true|slice [--experts N] [--seed N]``; its ``func`` returns the exit code."""
+    """Add ``sample``; its ``func`` returns the exit code."""
     parser = subparsers.add_parser("sample", help="write a random checkpoint in the official layout")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="size (default: tiny)")
     parser.add_argument("--experts", type=int, metavar="N", help="routed experts a layer (default: the preset's)")
+    parser.add_argument("--draft", choices=DRAFTS, help="draft stages: first release's or 0731's")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default: 0)")
     parser.set_defaults(func=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    total_bytes = write_sample(args.out, args.preset, args.seed, experts=args.experts)
+    total_bytes = write_sample(args.out, args.preset, args.seed, experts=args.experts, draft=args.draft)
     layers = preset(args.preset).num_hidden_layers
     print(f"wrote {args.out}: preset {args.preset}, {layers} layers, {total_bytes} tensor bytes, random weights")
     return 0

@@ -19,6 +19,7 @@ TINY_Q = Path(__file__).parents[1] / "golden/tiny-q"
 
 
 def size_bytes(entries):
+    """By hand, not by the product's sum."""
     return sum(math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize for shape, dtype in entries.values())
 
 
@@ -29,6 +30,27 @@ def test_totals_of_the_real_model():
     assert Counter(dtype for _, dtype in found.values()) == {
         "BF16": 433, "F32": 417, "F8_E4M3": 375, "F8_E8M0": 34_167, "I8": 33_792, "I64": 3,
     }
+
+
+def test_totals_of_the_refresh():
+    """0731: 156,015,698,140 bytes of backbone as before, 10,862,838,300 of DSpark in place of the MTP block."""
+    found = inventory.expected_tensors(V4_FLASH, dspark=inventory.DSpark())
+    draft = {name: entry for name, entry in found.items() if name.startswith("mtp.")}
+    assert (len(found), size_bytes(found)) == (72_317, 166_878_536_440)
+    assert size_bytes(draft) == 10_862_838_300
+    assert size_bytes({n: e for n, e in found.items() if n not in draft}) == 156_015_698_140
+    assert found["mtp.0.main_proj.scale"] == ((32, 96), "F8_E8M0")
+    assert found["mtp.2.confidence_head.proj.weight"] == ((1, 4352), "BF16")
+
+
+def test_draft_stages_are_told_apart(tmp_path):
+    for draft, expected in (("none", (0, None)), ("mtp", (1, None)), ("dspark", (0, inventory.DSpark()))):
+        write_sample(tmp_path / draft, "tiny", draft=draft)
+        checkpoint = Checkpoint.open(tmp_path / draft)
+        inventory.check(checkpoint)
+        assert inventory.draft_of(checkpoint) == expected
+        mtp, dspark = expected
+        assert set(checkpoint.names) == set(inventory.expected_tensors(TINY, mtp=mtp, dspark=dspark))
 
 
 def test_parts_of_the_real_model():
