@@ -17,7 +17,7 @@ from appliance.errors import UsageError
 from exporter import codec
 from exporter import reference_math as ops
 from exporter.checkpoint import dequantize
-from exporter.reference import Reference
+from exporter.reference import Arrangement, Reference
 from exporter.reference_state import LayerState, Trace, new_layer
 from exporter.safetensors_file import TensorInfo
 from exporter.view import View
@@ -35,7 +35,7 @@ class LayerReference(Reference):
     def __init__(
         self, view: View, *, act_sim: bool = False, kv_sim: bool = True, device: str = "cpu"
     ) -> None:
-        super().__init__({}, view.config, act_sim=act_sim, kv_sim=kv_sim)
+        super().__init__({}, view.config, act_sim=act_sim, kv_sim=kv_sim, arrangement=Arrangement.of(view))
         self.view, self.device = view, open_device(device)
         self._stored: dict[str, Stored] = {}
 
@@ -43,6 +43,9 @@ class LayerReference(Reference):
         """Forget every weight read so far."""
         self._tensors.clear()
         self._stored.clear()
+
+    def begin_batch(self, sequence_of: torch.Tensor) -> None:
+        """Called before each batch goes through the experts: i64 [n], the sequence of each token."""
 
     def new_layer_state(self, layer: int) -> LayerState:
         """An empty sequence, as layer ``layer`` keeps it."""

@@ -8,7 +8,7 @@ add the trained roundings: ``kv_sim`` stores cache rows and index queries in V4'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -21,37 +21,28 @@ from exporter import rope as rope_tables
 from exporter import torch_codec
 from exporter.checkpoint import Checkpoint
 from exporter.reference_state import LayerState, Partials, Rows, State, Trace, new_layer
+from exporter.reference_weights import Arrangement, CheckpointWeights
+from exporter.view import View
 
-__all__ = ["CheckpointWeights", "Reference", "State", "Trace"]
+__all__ = ["Arrangement", "CheckpointWeights", "Reference", "State", "Trace"]
 
 Weights = Mapping[str, NDArray[Any] | Callable[[], NDArray[Any]]]
 Table = tuple[torch.Tensor, torch.Tensor]
 
 
-class CheckpointWeights(Mapping[str, NDArray[Any]]):
-    """A checkpoint's tensors as f32 (tid2eid as i64), dequantised when looked up."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if not self._checkpoint.has(name):
-            raise KeyError(name)
-        integer = self._checkpoint.info(name).dtype == "I64"
-        return self._checkpoint.read(name) if integer else self._checkpoint.float32(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.names)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.names)
-
-
 class Reference:
-    """The model. ``weights``: official names to f32 arrays (or callables giving them); kept as tensors once used."""
+    """The model. ``weights``: official names to f32 arrays (or callables giving them); kept as tensors once used.
 
-    def __init__(self, weights: Weights, config: ModelConfig, *, act_sim: bool = False, kv_sim: bool = False) -> None:
+    Experts are named by rank; ``arrangement`` tells their official ids, whose order all sums and ties follow, and which
+    linears see rotated inputs. Layers may hold fewer experts than the config says: the router's rows count.
+    """
+
+    def __init__(
+        self, weights: Weights, config: ModelConfig, *, act_sim: bool = False, kv_sim: bool = False,
+        arrangement: Arrangement | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.act_sim, self.kv_sim = config, act_sim, kv_sim
+        self.arrangement = arrangement or Arrangement()
         self._weights, self._tensors = weights, dict[str, torch.Tensor]()
         self._frequencies = dict[bool, torch.Tensor]()
         self._eps = config.rms_norm_eps
@@ -60,6 +51,12 @@ class Reference:
     def from_checkpoint(cls, checkpoint: Checkpoint, *, act_sim: bool = False, kv_sim: bool = False) -> Self:
         """The reference of an official checkpoint; CheckpointError names a missing or malformed tensor."""
         return cls(CheckpointWeights(checkpoint), checkpoint.config, act_sim=act_sim, kv_sim=kv_sim)
+
+    @classmethod
+    def from_view(cls, view: View, *, act_sim: bool = False, kv_sim: bool = False) -> Self:
+        """The reference of a view: its experts, its overlays; CheckpointError as :meth:`from_checkpoint`."""
+        weights = CheckpointWeights(view)
+        return cls(weights, view.config, act_sim=act_sim, kv_sim=kv_sim, arrangement=Arrangement.of(view))
 
     def new_state(self, *, keep_all: bool = False) -> State:
         """An empty sequence; ``keep_all`` keeps every window row for :meth:`State.rows`."""
@@ -127,7 +124,13 @@ class Reference:
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A linear whose weight is FP8 or FP4: its input is what act_sim rounds to E4M3."""
+        x = self._rotated(name, x)
         return self._cast((torch_codec.act_round_trip(x) if self.act_sim else x) @ self._w(f"{name}.weight").T)
+
+    def _rotated(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] times the block Hadamard matrix that ``name``'s weight is stored with, if any."""
+        block = self.arrangement.rotations.get(name, 0)
+        return torch_codec.hadamard(x.unflatten(-1, (-1, block))).flatten(-2) if block else x
 
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         """What the official code casts to BF16."""
@@ -203,7 +206,7 @@ class Reference:
     def _grouped_linear(self, name: str, groups: torch.Tensor) -> torch.Tensor:
         """groups [n, G, I] to [n, G, R]: group g meets rows g·R … of the weight [G·R, I]; act_sim leaves its input."""
         weight = self._w(f"{name}.weight").unflatten(0, (groups.shape[1], -1))
-        return self._cast(torch.einsum("ngi,goi->ngo", groups, weight))
+        return self._cast(torch.einsum("ngi,goi->ngo", self._rotated(name, groups), weight))
 
     def _stored_row(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A window or entry row as later queries read it, and its stored bytes."""
@@ -279,25 +282,47 @@ class Reference:
         return state.entries
 
     def _moe(self, name: str, layer: int, x: torch.Tensor, ids: torch.Tensor, trace: Trace | None) -> torch.Tensor:
-        c = self.config
-        scores = ops.route_scores(x, self._w(f"{name}.gate.weight"))
-        if layer < c.num_hash_layers:
-            experts = self._w(f"{name}.gate.tid2eid")[ids]
-        else:
-            values, ranked = ops.top_k(scores + self._w(f"{name}.gate.bias"), c.num_experts_per_tok + 1)
-            experts = ranked[:, : c.num_experts_per_tok]
-            if trace is not None:
-                trace.router_margins.setdefault(layer, []).append(_margins(values, c.num_experts_per_tok))
+        """Routed and shared experts of x [n, D]. Columns are experts by official id, whatever their ranks."""
+        order = self._order(layer)
+        gate = self._w(f"{name}.gate.weight")
+        scores = ops.route_scores(x, gate if order is None else gate[order])
+        columns = self._routed(name, layer, scores, ids, order, trace)
+        chosen = scores.gather(1, columns)
+        weights = chosen / chosen.sum(-1, keepdim=True) * self.config.routed_scaling_factor
         if trace is not None:
-            trace.routed.setdefault(layer, []).append(experts)
-        chosen = scores.gather(1, experts)
-        weights = chosen / chosen.sum(-1, keepdim=True) * c.routed_scaling_factor
+            trace.routed.setdefault(layer, []).append(columns if order is None else order[columns])
         out = torch.zeros_like(x)
-        for expert in experts.unique().tolist():
-            token, slot = torch.nonzero(experts == expert, as_tuple=True)
-            out[token] += self._expert(f"{name}.experts.{expert}", x[token], weights[token, slot], ops.swiglu)
+        for column in columns.unique().tolist():
+            token, slot = torch.nonzero(columns == column, as_tuple=True)
+            rank = column if order is None else int(order[column])
+            y = self._expert(f"{name}.experts.{rank}", x[token], weights[token, slot], ops.swiglu)
+            out.index_add_(0, token, y)  # a rewritten token table may name one expert twice
         shared = self._expert(f"{name}.shared_experts", x, torch.ones(len(x)), ops.shared_swiglu)
         return self._cast(out + shared)
+
+    def _order(self, layer: int) -> torch.Tensor | None:
+        """Ranks by official id, i64 [K]; None where they are in that order."""
+        order, name = self.arrangement.order(layer), f"layers.{layer}.ffn.order"
+        if order is not None and name not in self._tensors:
+            self._tensors[name] = torch.tensor(order.tolist(), dtype=torch.int64)
+        return None if order is None else self._tensors[name]
+
+    def _routed(
+        self, name: str, layer: int, scores: torch.Tensor, ids: torch.Tensor, order: torch.Tensor | None,
+        trace: Trace | None,
+    ) -> torch.Tensor:
+        """Scores [n, K] in official order to the chosen columns i64 [n, k], ascending."""
+        k = self.config.num_experts_per_tok
+        if layer < self.config.num_hash_layers:
+            ranks = self._w(f"{name}.gate.tid2eid")[ids]
+            columns = ranks if order is None else torch.argsort(order)[ranks]
+        else:
+            bias = self._w(f"{name}.gate.bias")
+            values, ranked = ops.top_k(scores + (bias if order is None else bias[order]), k + 1)
+            columns = ranked[:, :k]
+            if trace is not None:
+                trace.router_margins.setdefault(layer, []).append(_margins(values, k))
+        return torch.sort(columns, dim=-1).values
 
     def _expert(
         self, name: str, x: torch.Tensor, weight: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,13 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from appliance.bundle_writer import BundleWriter
+from appliance.manifest import object_path
 from appliance.model import ModelSpec, state_tensors
-from exporter.__main__ import main as export
 from exporter.checkpoint import Checkpoint
-from exporter.graph import build_graph
+from exporter.graph import StoredTensor, build_graph, graph_tensors
 from exporter.ops.body import Body, OpFunction, opset_imports
+from exporter.ops.moe import record_bytes, record_parts
 from exporter.view import View
-from exporter.writer import write_weights
 from runtime.backends.base import Arrays
 from runtime.backends.ort import OrtBackend, ort  # onnxruntime by the product's import, which keeps it offline
 from runtime.engine import Engine, Sequence
@@ -28,6 +28,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def build_bundle(checkpoint: Path, out: Path, *, numerics: str = "kv-v4", tokenizer: bool = True, **more: str) -> None:
     """``solocard-export build``, in this process."""
+    from exporter.__main__ import main as export
+
     options = ["--encoding", "dsv4-0731", "--numerics", numerics, *([] if tokenizer else ["--no-tokenizer"])]
     for name, value in more.items():
         options += [f"--{name.replace('_', '-')}", value]
@@ -52,13 +54,37 @@ def view_engine(
 ) -> Engine:  # fmt: skip
     """As quick_engine, of any view."""
     shutil.rmtree(folder, ignore_errors=True)
-    tensors = write_weights(view, BundleWriter(folder), lambda name, size_bytes: None)
+    tensors = store_view(view, folder)
     graph = folder / "model.onnx"
     graph.write_bytes(build_graph(view, numerics, tensors).SerializeToString(deterministic=True))
     config = view.config
     spec = ModelSpec("test", config, state_tensors(config, numerics), "dsv4-0731", numerics, (), ())
     backend = wrap(OrtBackend(graph, threads=threads))
     return Engine(spec, backend, context_tokens=context_tokens, max_sequences=max_sequences)
+
+
+def store_view(view: View, folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor the view's graph reads as a file of its own below ``folder``: the plain way to write objects."""
+    config, tensors = view.config, {}
+    for name in graph_tensors(view):
+        data, info = b"".join(view.stream(name)), view.info(name)
+        tensors[name] = StoredTensor(name, info.dtype, info.shape, store(folder, data), 0, len(data))
+    size_bytes = record_bytes(config.hidden_size, config.moe_intermediate_size)
+    parts = [part for part, _ in record_parts(config.hidden_size, config.moe_intermediate_size)]
+    for layer, kept in enumerate(view.experts_kept):
+        name = f"layers.{layer}.ffn.experts"
+        records = [b"".join(view.read(f"{name}.{e}.{part}").tobytes() for part in parts) for e in range(kept)]
+        data = b"".join(record.ljust(size_bytes, b"\0") for record in records)
+        tensors[name] = StoredTensor(name, "U8", (kept, size_bytes), store(folder, data), 0, len(data))
+    return tensors
+
+
+def store(folder: Path, data: bytes) -> str:
+    """An object by its content; → its place below ``folder``."""
+    location = object_path(hashlib.sha256(data).hexdigest())
+    (folder / location).parent.mkdir(parents=True, exist_ok=True)
+    (folder / location).write_bytes(data)
+    return location
 
 
 def run_function(function: OpFunction, **feeds: np.ndarray) -> list[np.ndarray]:
