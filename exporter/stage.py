@@ -119,4 +119,8 @@ def code_version() -> dict[str, str]:
     hashed, root = hashlib.sha256(), Path(__file__).parent
     for source in sorted(root.rglob("*.py")):
         hashed.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes())
-    return {"version": importlib.metadata.version("solocard"), "exporter_sha256": hashed.hexdigest()}
+    try:
+        version = importlib.metadata.version("solocard")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"  # run from a checkout: the digest says what ran
+    return {"version": version, "exporter_sha256": hashed.hexdigest()}
