@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from exporter import codec, official
 from exporter.checkpoint import Checkpoint
 from exporter.spec import parse_config
+from exporter.trainable.loading import load as load_view
+from exporter.view import View
 
 RAW_CONFIG: dict[str, Any] = {
     **train.CONFIG, "model_type": "deepseek_v4", "n_shared_experts": 1, "num_key_value_heads": 1,
@@ -64,20 +66,7 @@ class StateTensors:
 
 def load(folder: Path) -> model.SampleModel:
     """The trainable module with the weights of an official checkpoint."""
-    checkpoint = Checkpoint.open(folder)
-    net = model.SampleModel(model.Config.from_json(dict(checkpoint.raw_config)))
-    buffers = {n: b for n, b in net.named_buffers() if n.endswith(("tid2eid", "gate.bias"))}
-    with torch.no_grad():
-        for name, target in [*net.named_parameters(), *buffers.items()]:
-            if ".ffn.w" in name:
-                layer, part = name.rsplit(".", 1)
-                stack = [checkpoint.float32(f"{layer}.experts.{e}.{part}.weight") for e in range(len(target))]
-                target.copy_(torch.from_numpy(np.stack(stack)))
-            elif name.endswith("tid2eid"):
-                target.copy_(torch.from_numpy(checkpoint.read(name)))
-            else:
-                target.copy_(torch.from_numpy(checkpoint.float32(name)))
-    return net
+    return load_view(View(Checkpoint.open(folder)))
 
 
 def main() -> None:
