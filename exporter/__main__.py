@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from appliance.errors import SolocardError
 from exporter import build, parity, sample, signing
+from exporter.evaluate import command as evaluate
 
 ABOUT = """From DeepSeek's official V4-Flash checkpoint to a signed bundle for machines without internet.
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample.add_command(commands)
     build.add_command(commands)
+    evaluate.add_commands(commands)
     parity.add_commands(commands)
     signing.add_commands(commands)
     args = parser.parse_args(argv)
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"solocard: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("solocard: interrupted; nothing half-written is left", file=sys.stderr)
+        print("solocard: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
 
 

@@ -65,7 +65,8 @@ class Quality:
             raise CheckpointError(f"{path}: format {raw.get('format')!r}, expected {FORMAT}; evaluate again")
         for field, kind in _FIELDS.items():
             if not isinstance(raw.get(field), kind):
-                raise CheckpointError(f"{path}: {field}: found {str(raw.get(field))[:60]!r}, expected a {kind.__name__}")
+                found = str(raw.get(field))[:60]
+                raise CheckpointError(f"{path}: {field}: found {found!r}, expected a {kind.__name__}")
         waivers = tuple(_waiver(path, entry) for entry in raw["waivers"])
         return Quality(
             raw["recipe_sha256"], raw["source_sha256"], raw["teacher"], raw["texts_sha256"], raw["code"],
