@@ -1,43 +1,50 @@
-"""``solocard-export build CKPT OUT``: a checkpoint becomes an unsigned bundle.
+"""``solocard-export build CKPT OUT``: a checkpoint, its ranking, and profiles with their overlays become one bundle.
 
-Tensors stream into objects one at a time, the graph refers to them, the engine itself finds the golden tokens. All of
-it happens in ``OUT.partial``; OUT appears complete, by one rename, or not at all.
+Objects stream from checkpoint and overlays into ``OUT.partial``, journaled record by record; the graphs refer to them,
+and the engine itself finds the golden tokens. ``OUT.partial`` outlives an error, Ctrl-C or a kill, and the same build
+started again goes on with it. OUT appears complete, by one rename.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from appliance.bundle_writer import BundleWriter
-from appliance.errors import CheckpointError, SpaceError, UsageError
-from appliance.manifest import Manifest
-from appliance.model import BLOCK_TOKENS, ENCODINGS, NUMERICS, ModelConfig, ModelSpec, Profile, state_tensors
+from appliance.errors import CheckpointError, UsageError
+from appliance.model import BLOCK_TOKENS, ENCODINGS, NUMERICS, ModelConfig
 from exporter import inventory
+from exporter.build_profiles import BuildProfile, open_profiles
 from exporter.checkpoint import Checkpoint
-from exporter.goldens import find_goldens
-from exporter.graph import build_graph
-from exporter.progress import Progress
-from exporter.view import View
-from exporter.writer import stored_bytes, write_weights
+from exporter.provenance import dropped
+from exporter.ranking import Ranking
+from exporter.release import Release, write_bundle
 
 DSPARK_MARK = "markov_w1"  # a tensor only the 0731 refresh has
+MAX_WORKERS = 64
 
 
 def add_command(commands: Any) -> None:
     """Add ``build`` to the exporter's commands."""
-    parser = commands.add_parser("build", help="a checkpoint into an unsigned bundle")
+    parser = commands.add_parser("build", help="checkpoint, ranking and profiles into an unsigned bundle")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder in the official V4-Flash format")
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder, not there yet")
     parser.add_argument("--encoding", choices=ENCODINGS, help="prompt dialect; required unless DSpark tensors decide")
     parser.add_argument("--numerics", choices=NUMERICS, default="kv-v4", help="cache formats (default: kv-v4)")
+    parser.add_argument("--ranking", type=Path, metavar="FILE", help="ranking.json: experts are stored in its order")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="PLAN[,OVERLAY…]",
+        help="plan.json and the overlay folders made for it, bottom first; once for each card class",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", type=Path, action="append", default=[], metavar="FILE",
+        help="quality.json of a profile, by `evaluate`; a gate it failed and nobody waived ends the build",
+    )  # fmt: skip
+    parser.add_argument("--without-quality", metavar="REASON", help="build profiles that have no quality.json")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="objects written at a time (default: 2)")
     parser.add_argument("--name", default="deepseek-v4-flash", help="the model's name over HTTP")
     parser.add_argument("--release-version", default="0.1.0", metavar="V", help="for people, e.g. 1.2.0")
     parser.add_argument("--release-counter", type=int, default=1, metavar="N", help="rises with every release")
@@ -49,51 +56,38 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit 0 with the bundle at OUT; every refusal names file and tensor or field."""
     started_s = time.monotonic()
-    ckpt = Checkpoint.open(args.checkpoint)
-    inventory.check(ckpt)
-    check_numerics(ckpt.config, args.numerics)
-    encoding = choose_encoding(ckpt, args.encoding)
-    tokenizer = _tokenizer(ckpt, args.no_tokenizer)
-    prompts = _golden_prompts(args.golden_prompts, ckpt.config)
-    if args.out.exists():
-        raise UsageError(f"{args.out} exists; name a new folder or remove it")
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    check_space(args.out, stored_bytes(View(ckpt)))
-    try:
-        manifest = _build(args, ckpt, encoding, tokenizer, prompts, partial)
-        partial.rename(args.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    base = Checkpoint.open(args.checkpoint)
+    inventory.check(base)
+    check_numerics(base.config, args.numerics)
+    if not 1 <= args.workers <= MAX_WORKERS:
+        raise UsageError(f"--workers {args.workers}: expected 1 to {MAX_WORKERS}")
+    ranking = Ranking.read(args.ranking) if args.ranking else None
+    release = Release(
+        args.name, args.release_version, args.release_counter, choose_encoding(base, args.encoding), args.numerics,
+        open_profiles(base, ranking, args.profile, args.quality, args.without_quality),
+        _tokenizer(base, args.no_tokenizer), _golden_prompts(args.golden_prompts, base.config),
+    )  # fmt: skip
+    left = dropped(release.base_view)
+    if left["tensors"]:
+        print(
+            f"left out: {left['tensors']:,} tensors, {left['bytes']:,} bytes (mtp.*: MTP and DSpark blocks, which no "
+            "graph reads)", file=sys.stderr,
+        )  # fmt: skip
+    manifest = write_bundle(release, args.out, workers=args.workers)
+    for profile in release.profiles[1:]:
+        print(f"profile {profile.id}: {profile.card}, {_described(profile)}")
     size, elapsed_s = manifest.total_bytes, time.monotonic() - started_s
     print(f"built {args.out}: {manifest.bundle_id}, {size:,} bytes, unsigned, {elapsed_s:.1f} s")
     return 0
 
 
-def _build(
-    args: argparse.Namespace, ckpt: Checkpoint, encoding: str, tokenizer: bytes | None, prompts: list[list[int]],
-    partial: Path,
-) -> Manifest:  # fmt: skip
-    writer = BundleWriter(partial)
-    view = View(ckpt)
-    tensors = write_weights(view, writer, Progress("objects", stored_bytes(view)).add)
-    graph = build_graph(view, args.numerics, tensors).SerializeToString(deterministic=True)
-    writer.add_file("model.onnx", graph)
-    if tokenizer is not None:
-        writer.add_file("tokenizer.json", tokenizer)
-    experts_kept = (ckpt.config.n_routed_experts,) * ckpt.config.num_hidden_layers
-    profile = Profile("full", "any", experts_kept, (), hashlib.sha256(graph).hexdigest())
-    states = state_tensors(ckpt.config, args.numerics)
-    spec = ModelSpec(
-        args.name, ckpt.config, states, encoding, args.numerics, (profile,), (), tokenizer=tokenizer is not None
-    )
-    release = (args.name, args.release_version, args.release_counter, _provenance(ckpt))
-    writer.add_file("model.json", spec.to_json().encode())
-    writer.finish(*release)  # a draft the engine can open; the golden tokens come from it
-    print("golden tokens: asking the engine", file=sys.stderr)
-    goldens = find_goldens(partial, ckpt.config, prompts)
-    writer.replace_file("model.json", dataclasses.replace(spec, goldens=goldens).to_json().encode())
-    return writer.finish(*release)
+def _described(profile: BuildProfile) -> str:
+    kept, quality = profile.view.experts_kept, profile.quality
+    experts = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+    if quality is None:
+        return f"{experts} experts a layer, quality not measured: {profile.without_quality}"
+    waived = f", waived: {', '.join(quality.waived_gates)}" if quality.waived_gates else ""
+    return f"{experts} experts a layer, quality gates passed{waived}"
 
 
 def check_numerics(config: ModelConfig, numerics: str) -> None:
@@ -104,13 +98,10 @@ def check_numerics(config: ModelConfig, numerics: str) -> None:
             f"config.json: head_dim − qk_rope_head_dim = {nope} is not a multiple of 64, which kv-v4 needs; "
             "only --numerics kv-f32 can hold this model, and it is for parity checks, not for serving"
         )
-    for field, rows in (("sliding_window", config.sliding_window), *(("compress_ratios", r) for r in _ratios(config))):
+    ratios = sorted({ratio for ratio in config.compress_ratios if ratio})
+    for field, rows in (("sliding_window", config.sliding_window), *(("compress_ratios", r) for r in ratios)):
         if BLOCK_TOKENS % rows:
             raise CheckpointError(f"config.json: {field} {rows} does not divide {BLOCK_TOKENS}, the KV block")
-
-
-def _ratios(config: ModelConfig) -> list[int]:
-    return sorted({ratio for ratio in config.compress_ratios if ratio})
 
 
 def choose_encoding(ckpt: Checkpoint, asked: str | None) -> str:
@@ -123,15 +114,6 @@ def choose_encoding(ckpt: Checkpoint, asked: str | None) -> str:
     if asked is None:
         raise UsageError(f"--encoding is needed: {ckpt.path} does not tell; give one of {', '.join(ENCODINGS)}")
     return asked
-
-
-def check_space(out: Path, needed_bytes: int) -> None:
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise UsageError(f"{parent} is not a folder; create it first")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes * 1.02 + (64 << 20):
-        raise SpaceError(f"{out} needs {needed_bytes:,} bytes and {free:,} are free on its disk; free some or move it")
 
 
 def _tokenizer(ckpt: Checkpoint, none: bool) -> bytes | None:
@@ -156,10 +138,3 @@ def _golden_prompts(path: Path | None, config: ModelConfig) -> list[list[int]]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON lines ({error})") from None
     return prompts
-
-
-def _provenance(ckpt: Checkpoint) -> dict[str, Any]:
-    """Where the weights came from: the config's digest and every source file's size; nothing that changes by rerun."""
-    config = json.dumps(dict(ckpt.raw_config), sort_keys=True, separators=(",", ":"))
-    files = [{"name": source.path.name, "size_bytes": source.size_bytes} for source in ckpt.sources]
-    return {"config_sha256": hashlib.sha256(config.encode()).hexdigest(), "source_files": files}

@@ -34,9 +34,10 @@ def run_logits(arguments: Sequence[str]) -> None:
 
 
 def engine_logits(
-    bundle: Path, prompts: Sequence[Sequence[int]], *, generate: int = 0, chunks: Sequence[int] = ()
-) -> list[Logits]:
-    """Logits f32 [len(prompt) + generate, vocab] for each prompt, by the engine on the built bundle."""
+    bundle: Path, prompts: Sequence[Sequence[int]], *, generate: int = 0, chunks: Sequence[int] = (),
+    profile: str = "full",
+) -> list[Logits]:  # fmt: skip
+    """Logits f32 [len(prompt) + generate, vocab] for each prompt, by the engine on one profile of the built bundle."""
     longest = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), longest), -1, np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -45,6 +46,8 @@ def engine_logits(
         source, out = Path(folder) / "ids.npy", Path(folder) / "logits.npy"
         np.save(source, ids)
         arguments = [str(bundle), "--ids", str(source), "--out", str(out), "--generate", str(generate)]
+        if profile != "full":
+            arguments += ["--profile", profile]
         if chunks:
             arguments += ["--chunks", ",".join(str(chunk) for chunk in chunks)]
         run_logits(arguments)

@@ -21,29 +21,33 @@ SEARCHED, ROUNDS = 64, 8  # random prompts per call of the engine, and how many 
 PROMPT_TOKENS = 12
 
 
-def find_goldens(bundle: Path, config: ModelConfig, prompts: Sequence[Sequence[int]]) -> tuple[Golden, ...]:
-    """Try ``prompts`` (token ids) for 16-token answers, then random ones for single tokens.
+def find_goldens(
+    bundle: Path, config: ModelConfig, prompts: Sequence[Sequence[int]], profile: str = "full"
+) -> tuple[Golden, ...]:
+    """Try ``prompts`` (token ids) on ``profile`` for 16-token answers, then random ones for single tokens.
 
     Raises CheckpointError when too few prompts have a clear answer.
     """
     if prompts:
-        found = _clear(prompts, engine_logits(bundle, prompts, generate=LONG), LONG)
+        found = _clear(profile, prompts, engine_logits(bundle, prompts, generate=LONG, profile=profile), LONG)
         if len(found) >= LONG_PROMPTS:
             return tuple(found)
     rng = np.random.Generator(np.random.PCG64(0))
     short: list[Golden] = []
     for _ in range(ROUNDS):
         random = rng.integers(2, config.vocab_size, (SEARCHED, PROMPT_TOKENS)).tolist()
-        short += _clear(random, engine_logits(bundle, random), 1)
+        short += _clear(profile, random, engine_logits(bundle, random, profile=profile), 1)
         if len(short) >= SHORT_PROMPTS:
             return tuple(short[:SHORT_PROMPTS])
     raise CheckpointError(
-        f"only {len(short)} of {SEARCHED * ROUNDS} searched prompts have a top token leading by {MIN_MARGIN}: "
-        f"no {SHORT_PROMPTS} golden prompts; give prompts the model knows with --golden-prompts"
+        f"profile {profile}: only {len(short)} of {SEARCHED * ROUNDS} searched prompts have a top token leading by "
+        f"{MIN_MARGIN}: no {SHORT_PROMPTS} golden prompts; give prompts the model knows with --golden-prompts"
     )
 
 
-def _clear(prompts: Sequence[Sequence[int]], logits: Sequence[Logits], tokens: int) -> list[Golden]:
+def _clear(
+    profile: str, prompts: Sequence[Sequence[int]], logits: Sequence[Logits], tokens: int
+) -> list[Golden]:
     found = []
     for prompt, rows in zip(prompts, logits, strict=True):
         steps = rows[len(prompt) - 1 : len(prompt) - 1 + tokens]
@@ -51,5 +55,5 @@ def _clear(prompts: Sequence[Sequence[int]], logits: Sequence[Logits], tokens: i
         margin = float((best[:, 1] - best[:, 0]).min())
         if margin >= MIN_MARGIN:
             expected = tuple(int(i) for i in steps.argmax(-1))
-            found.append(Golden("full", tuple(int(i) for i in prompt), expected, MIN_MARGIN))
+            found.append(Golden(profile, tuple(int(i) for i in prompt), expected, MIN_MARGIN))
     return found

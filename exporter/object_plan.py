@@ -73,7 +73,7 @@ class ObjectPlan:
             yield from (self._expert(self.layer, index) for index in range(start, self.count))
             return
         source_sha256 = self.made_from()
-        data = memoryview(self.view.read(self.tensor).reshape(-1)).cast("B") if source_sha256 else None
+        data = memoryview(self.view.read(self.tensor).tobytes()) if source_sha256 else None
         info, source = self.view.info(self.tensor), _source(self.view, self.tensor)
         for index in range(start, self.count):
             at = index * self.record_bytes
@@ -85,7 +85,7 @@ class ObjectPlan:
         """SHA-256 of the checkpoint's bytes where the view makes other ones out of them, else None."""
         if self.layer is not None or _MADE not in self.tensor or self.view.touched(self.tensor):
             return None
-        return hashlib.sha256(self.view.base.read(self.tensor)).hexdigest()
+        return hashlib.sha256(self.view.base.read(self.tensor).tobytes()).hexdigest()
 
     def _expert(self, layer: int, rank: int) -> Record:
         view, name = self.view, f"layers.{layer}.ffn.experts.{rank}"

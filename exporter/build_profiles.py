@@ -1,0 +1,203 @@
+"""The profiles of one bundle: a view each, its plan, and the proof of its quality or the reason why there is none.
+
+``full`` is the whole ranked model. Every other profile is a plan with the overlays made for it; its quality.json must
+be of exactly that model, and a gate it failed must be waived in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import CheckpointError, UsageError
+from appliance.model import ModelConfig
+from exporter.checkpoint import Checkpoint
+from exporter.evaluate.gates import kind_of
+from exporter.evaluate.quality import Quality
+from exporter.overlay import Overlay
+from exporter.ranking import Ranking
+from exporter.stage import digest, read_json
+from exporter.view import View
+from exporter.view_arguments import planned_experts
+
+FULL = "full"
+MAX_REASON_BYTES = 1000
+
+
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedProfile:
+    """What ``build`` takes from a plan.json."""
+
+    id: str
+    card: str
+    experts_kept: tuple[int, ...]
+    dense: str  # "D4": attention and shared experts in MXFP4, "D8": in FP8 as shipped
+    head: str  # "bf16" or "fp8"
+    gates: Mapping[str, float]
+    source_sha256: str
+    sha256: str
+
+    @staticmethod
+    def read(path: Path, config: ModelConfig) -> PlannedProfile:
+        """CheckpointError or UsageError names file and field."""
+        raw = read_json(path)
+        card = raw.get("card")
+        name = card.get("id", card.get("name")) if isinstance(card, dict) else card
+        plain = {"id": raw.get("id"), "card": name, "source_sha256": raw.get("source_sha256")}
+        for field, value in plain.items():
+            if not isinstance(value, str):
+                raise CheckpointError(f"{path}: {field}: found {str(value)[:40]!r}, expected text; plan again")
+        if raw["id"] == FULL or _ID.fullmatch(raw["id"]) is None:
+            raise CheckpointError(f"{path}: id: found {raw['id'][:60]!r}, expected {_ID.pattern} and not {FULL!r}")
+        for field, choices in (("dense", ("D4", "D8")), ("head", ("bf16", "fp8"))):
+            if raw.get(field) not in choices:
+                raise CheckpointError(f"{path}: {field}: found {str(raw.get(field))[:40]!r}, expected one of {choices}")
+        kept, gates = planned_experts(path, config), raw.get("gates", {})
+        return PlannedProfile(
+            raw["id"], str(name), kept, raw["dense"], raw["head"], gates, raw["source_sha256"], digest(raw)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProfile:
+    """One profile to be built. ``plan`` is None for ``full`` only."""
+
+    id: str
+    card: str
+    view: View
+    plan: PlannedProfile | None = None
+    quality: Quality | None = None
+    without_quality: str = ""  # the reason given
+
+    @property
+    def graph_file(self) -> str:
+        """The graph's name in the bundle."""
+        return "model.onnx" if self.id == FULL else f"model.{self.id}.onnx"
+
+    def recipe(self) -> dict[str, Any]:
+        """What the profile is made of, by digest: for the build's recipe and the provenance."""
+        found: dict[str, Any] = {"recipe_sha256": self.view.recipe_sha256}
+        if self.plan is not None:
+            found["plan_sha256"] = self.plan.sha256
+        if self.view.overlays:
+            found["overlays"] = [_overlay(overlay) for overlay in self.view.overlays]
+        if self.quality is not None:
+            found |= {"quality_sha256": digest(self.quality.to_dict()), "waived": list(self.quality.waived_gates)}
+        if self.without_quality:
+            found["without_quality"] = self.without_quality
+        return found
+
+
+def open_profiles(
+    base: Checkpoint, ranking: Ranking | None, profiles: Sequence[str], qualities: Sequence[Path], reason: str | None
+) -> tuple[BuildProfile, ...]:
+    """``full`` first, then one per "PLAN.json[,OVERLAY_DIR…]". UsageError or CheckpointError names what is wrong."""
+    if reason is not None and not 0 < len(reason.encode()) <= MAX_REASON_BYTES:
+        raise UsageError(f"--without-quality: {len(reason.encode())} bytes, expected 1 to {MAX_REASON_BYTES}")
+    found = [BuildProfile(FULL, "any", View(base, ranking=ranking))]
+    for text in profiles:
+        plan, *overlays = text.split(",")
+        profile = _opened(base, ranking, Path(plan), [Path(path) for path in overlays])
+        if profile.id in {other.id for other in found}:
+            raise UsageError(f"{plan}: a second profile called {profile.id!r}; plan it with another --id")
+        found.append(profile)
+    proven = _with_quality(found, qualities)
+    return tuple(_judged(profile, reason) for profile in proven)
+
+
+def quality_json(profiles: Sequence[BuildProfile]) -> dict[str, Any] | None:
+    """quality.json of the bundle, {format, profiles: {id: quality}}; None when no profile has one."""
+    found = {profile.id: profile.quality.to_dict() for profile in profiles if profile.quality is not None}
+    return {"format": 1, "profiles": found} if found else None
+
+
+def _opened(base: Checkpoint, ranking: Ranking | None, path: Path, overlays: Sequence[Path]) -> BuildProfile:
+    plan = PlannedProfile.read(path, base.config)
+    if plan.source_sha256 != base.headers_sha256:
+        raise UsageError(f"{path}: was planned for another checkpoint than {base.path}; plan for this one")
+    kept = plan.experts_kept
+    view = View(base, ranking=ranking, experts_kept=kept, overlays=[Overlay.open(folder) for folder in overlays])
+    _check_formats(path, plan, view)
+    for layer in range(base.config.num_hash_layers):
+        view.read(f"layers.{layer}.ffn.gate.tid2eid")  # refuses experts that tokens are routed to and that were cut
+    return BuildProfile(plan.id, plan.card, view, plan)
+
+
+def _check_formats(path: Path, plan: PlannedProfile, view: View) -> None:
+    """The plan's bytes hold only if the overlays store what it counted with."""
+    for name, planned, dtypes in _planned_formats(plan, view):
+        found = view.info(f"{name}.weight").dtype
+        if found != dtypes[planned]:
+            raise UsageError(
+                f"{path}: plans {planned} for {name}, the overlays given leave it {found}; lay the overlay of "
+                "`quantize` over it (--profile PLAN,OVERLAY), or plan what you have"
+            )
+
+
+def _planned_formats(plan: PlannedProfile, view: View) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    dense = {"D4": "I8", "D8": "F8_E4M3"}
+    for layer in range(view.config.num_hidden_layers):
+        for linear in ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b"):
+            yield f"layers.{layer}.{linear}", plan.dense, dense
+        for part in ("w1", "w2", "w3"):
+            yield f"layers.{layer}.ffn.shared_experts.{part}", plan.dense, dense
+    yield "head", plan.head, {"bf16": "BF16", "fp8": "F8_E4M3"}
+
+
+def _with_quality(profiles: Sequence[BuildProfile], paths: Sequence[Path]) -> list[BuildProfile]:
+    """Each quality.json at the profile it was measured on."""
+    found = list(profiles)
+    for path in paths:
+        quality = Quality.read(path)
+        at = [i for i, profile in enumerate(found) if profile.view.recipe_sha256 == quality.recipe_sha256]
+        if not at:
+            known = ", ".join(f"{p.id} is {p.view.recipe_sha256[:12]}" for p in found)
+            raise UsageError(
+                f"{path}: recipe_sha256: measured on {quality.recipe_sha256[:12]}, {known}; evaluate with the same "
+                "checkpoint, ranking, plan and overlays as are built"
+            )
+        _check_gates(path, quality, found[at[0]])
+        for index in at:
+            found[index] = replace(found[index], quality=quality)
+    return found
+
+
+def _check_gates(path: Path, quality: Quality, profile: BuildProfile) -> None:
+    planned = profile.plan.gates if profile.plan is not None else {}
+    for gate in quality.gates:
+        if gate.name in planned and gate.bound != planned[gate.name]:
+            raise UsageError(
+                f"{path}: gate {gate.name}: judged by the bound {gate.bound}, {profile.id} is planned with "
+                f"{planned[gate.name]}; evaluate with --plan"
+            )
+        if not gate.passed and not gate.waived:
+            side, measured = kind_of(gate.name).side, "nothing" if gate.measured is None else gate.measured
+            raise CheckpointError(
+                f"{path}: profile {profile.id} failed gate {gate.name}: measured {measured}, bound {side} "
+                f"{gate.bound}; train or keep more, or let a person waive it with "
+                f"`solocard-export evaluate --waive {gate.name}=REASON`"
+            )
+
+
+def _judged(profile: BuildProfile, reason: str | None) -> BuildProfile:
+    """Its quality, or the reason why there is none; only the whole untouched model needs neither."""
+    if profile.quality is not None or (profile.id == FULL and not profile.view.overlays):
+        return profile
+    if reason is None:
+        raise UsageError(
+            f"profile {profile.id} has no --quality of its own; evaluate it, or build it --without-quality REASON "
+            "(the reason goes into the provenance)"
+        )
+    return replace(profile, without_quality=reason)
+
+
+def _overlay(overlay: Overlay) -> dict[str, Any]:
+    """Stage and digest, and the digests of what it was computed with (calibration texts, statistics …)."""
+    inputs = {key: value for key, value in sorted(overlay.recipe.items()) if key.endswith("_sha256")}
+    return {"stage": overlay.stage, "sha256": overlay.sha256, "inputs": inputs}
