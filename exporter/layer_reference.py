@@ -17,8 +17,9 @@ from appliance.errors import UsageError
 from exporter import codec
 from exporter import reference_math as ops
 from exporter.checkpoint import dequantize
-from exporter.reference import Arrangement, Reference
+from exporter.reference import Reference
 from exporter.reference_state import LayerState, Trace, new_layer
+from exporter.reference_weights import Arrangement
 from exporter.safetensors_file import TensorInfo
 from exporter.view import View
 

@@ -110,20 +110,27 @@ class Walk:
 
     def run(
         self, *, batch_done: Callable[[int, Batch], None] | None = None,
-        layer_done: Callable[[int], None] | None = None,
+        layer_done: Callable[[int], None] | None = None, keep_last: bool = True,
     ) -> None:
-        """Every layer that is left. ``layer_done`` comes before the layer counts as done: it may be called again."""
+        """Every layer that is left; ``keep_last`` False spares the last layer's streams.
+
+        ``layer_done`` comes before the layer counts as done: it may be called again.
+        """
         for layer in range(self.start(), self.layers):
+            kept = keep_last or layer + 1 < self.layers
             for batch, streams in self.attended(layer):
+                self.reference.begin_batch(batch.sequence_of)
                 self.reference.experts_rows(layer, streams, batch.ids)
-                self.spill.write(layer + 1, batch.index, streams)
+                if kept:
+                    self.spill.write(layer + 1, batch.index, streams)
                 self.progress.add(f"layer {layer}", batch.tokens)
                 if batch_done is not None:
                     batch_done(layer, batch)
             if layer_done is not None:
                 layer_done(layer)
             self.reference.release()
-            self.spill.close(layer + 1)
+            if kept:
+                self.spill.close(layer + 1)
 
     def attended(self, layer: int) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Each batch with its streams f32 [n, S, D] after the attention of ``layer``."""

@@ -76,12 +76,13 @@ def test_streams_of_the_rounding_mode_are_spilled_in_bf16(view: View, tmp_path: 
 
 
 def test_a_cut_ranked_view_walks(view: View, tmp_path: Path) -> None:
-    """Experts in reverse order, uncut: the same model, so the same logits but for the order of sums."""
+    """Experts in reverse order, uncut: the same model, so the same logits to the bit."""
     order = tuple(reversed(range(8)))
     ranking = Ranking(view.source_sha256, "reverse", (order,) * 7)
     turned = View(view.base, ranking=ranking)
     (found,) = forced_logits(turned, SEQUENCES[2:3], work=tmp_path / "turned")
     np.testing.assert_allclose(found, whole(view, SEQUENCES[2], kv_sim=True), rtol=0, atol=1e-5)
+    assert found.tobytes() == next(forced_logits(view, SEQUENCES[2:3], work=tmp_path / "plain")).tobytes()
     cut = View(view.base, ranking=ranking, experts_kept=(8, 8, 8, 4, 4, 4, 4))
     (pruned,) = forced_logits(cut, SEQUENCES[2:3], work=tmp_path / "cut")
     assert np.abs(pruned - found).max() > 1e-2
