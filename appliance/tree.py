@@ -64,7 +64,7 @@ class Tree:
     def read(self, name: str, max_bytes: int) -> bytes:
         """The whole of a small file; BundleError when it is longer than ``max_bytes`` (no more than that is read)."""
         with self.open(name) as file:
-            data = b"".join(read_pieces(file, max_bytes + 1, name))
+            data = b"".join(bytes(piece) for piece in read_pieces(file, max_bytes + 1, name))  # the buffer is reused
         if len(data) > max_bytes:
             raise BundleError(f"{name} in {self.root} is longer than the {max_bytes:,} bytes allowed; {self.remedy}")
         return data

@@ -12,6 +12,7 @@ from appliance.bundle import BuiltBundle, BundleWriter
 from appliance.bundle_writer import write_synced
 from appliance.errors import BundleError, UsageError
 from appliance.manifest import Chunk, FileEntry, Manifest, ObjectEntry, canonical_json, is_bundle_id
+from appliance.tree import Tree
 
 SHA = "ab" * 32
 
@@ -172,3 +173,10 @@ def test_a_file_is_replaced_by_rename_never_rewritten(tmp_path, monkeypatch):
         write_synced(path, b"newer")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_small_file_longer_than_the_read_buffer_comes_back_whole(tmp_path):
+    data = bytes(range(256)) * 10_000  # 2.56 MB, and no two megabytes of it are alike
+    data = b"".join(hashlib.sha256(data[i : i + 32] + i.to_bytes(4)).digest() for i in range(0, len(data), 32))
+    (tmp_path / "model.onnx").write_bytes(data)
+    assert Tree(tmp_path).read("model.onnx", len(data)) == data
