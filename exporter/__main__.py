@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from appliance.errors import SolocardError
 from exporter import build, parity, sample, signing
 from exporter.evaluate import command as evaluate
+from exporter.observe import command as observe
+from exporter.plan import command as plan
 
 ABOUT = """From DeepSeek's official V4-Flash checkpoint to a signed bundle for machines without internet.
 
@@ -30,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample.add_command(commands)
+    plan.add_commands(commands)
     build.add_command(commands)
     evaluate.add_commands(commands)
+    observe.add_command(commands)
     parity.add_commands(commands)
     signing.add_commands(commands)
     args = parser.parse_args(argv)

@@ -39,6 +39,13 @@ def expected_tensors(config: ModelConfig, *, mtp: int = 0, dspark: DSpark | None
         found |= block_tensors(config, f"layers.{layer}", config.compress_ratios[layer], layer < config.num_hash_layers)
     found |= _head(config, "")
     found["head.weight"] = ((config.vocab_size, dims), "BF16")
+    return found | draft_tensors(config, mtp=mtp, dspark=dspark)
+
+
+def draft_tensors(config: ModelConfig, *, mtp: int = 0, dspark: DSpark | None = None) -> dict[str, Entry]:
+    """The draft stages' part of :func:`expected_tensors`."""
+    dims = config.hidden_size
+    found: dict[str, Entry] = {}
     for stage in range(mtp):
         name = f"mtp.{stage}"
         found |= block_tensors(config, name, 0, hashed=False)

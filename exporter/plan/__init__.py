@@ -1,0 +1,1 @@
+"""What fits a card, to the byte, from a checkpoint's headers alone."""
