@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import importlib.util
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +59,8 @@ def _add_gate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0 when every gate passes or is waived, 1 when one fails; all results are written either way."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("evaluate needs torch: pip install 'solocard[distill]' (CPU build: about 200 MB)")
     student = open_view(args)
     bounds, waivers = _bounds(args, student), _waivers(args)
     teacher = View(student.base, overlays=[Overlay.open(path) for path in args.teacher_overlay])
@@ -75,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     )
     folder.finish(QUALITY, quality.to_dict())
     report = write_report(args.out)
-    measurement.discard(teacher=args.work is None)
+    measurement.discard_student()
+    if args.work is None:
+        shutil.rmtree(args.out / "work", ignore_errors=True)
     return _tell(quality, report)
 
 

@@ -78,11 +78,9 @@ class Measurement:
                 found["not_measured"][name] = reason
         return found
 
-    def discard(self, *, teacher: bool) -> None:
-        """Remove the student's work, and the teacher's if no other student will need it."""
+    def discard_student(self) -> None:
+        """Remove the student's work; the teacher's serves the next student."""
         shutil.rmtree(self.student_work, ignore_errors=True)
-        if teacher:
-            shutil.rmtree(self.teacher_work, ignore_errors=True)
 
     def _scores(self) -> list[TokenScores]:
         if not self.folder.has(SCORES):

@@ -18,6 +18,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 MAX_CHUNK_NUMBERS = 1 << 22  # logits looked at together: 32 rows of 129,280, 32 MB a copy
 SHORTEST_LENGTH = 256
+MAX_LOSS = 700.0  # nats: e^700 is still a float
 QUANTILES: Mapping[str, float] = {"50": 0.5, "90": 0.9, "95": 0.95, "99": 0.99, "999": 0.999}
 
 
@@ -76,9 +77,9 @@ def joined(parts: Iterable[TokenScores]) -> TokenScores:
 
 
 def perplexity(nll: F32) -> float:
-    """exp of the mean loss of the tokens that have a next one; NaN if none has."""
+    """exp of the mean loss (at most 700 nats) of the tokens that have a next one; NaN if none has."""
     known = nll[np.isfinite(nll)].astype(np.float64)
-    return math.exp(float(known.mean())) if len(known) else math.nan
+    return math.exp(min(float(known.mean()), MAX_LOSS)) if len(known) else math.nan
 
 
 def summary(scores: TokenScores) -> dict[str, Any]:

@@ -107,15 +107,29 @@ def run_walk(
 
 
 def score(teacher: Rows, student: Rows, sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
-    """Per sequence, from both models' logits as they come: only one piece of each is held."""
+    """Per sequence, from both models' logits as they come: only one piece of each is held.
+
+    EngineError if the pieces do not match, or hold NaN or infinity.
+    """
     parts: list[list[TokenScores]] = [[] for _ in sequences]
-    for (number, start, theirs), (other, other_start, ours) in zip(teacher, student, strict=True):
-        if (number, start, theirs.shape) != (other, other_start, ours.shape):
+    for theirs, ours in zip(teacher, student, strict=True):
+        number, start, rows = theirs
+        if (number, start, rows.shape) != (*ours[:2], ours[2].shape):
             raise EngineError(
-                f"evaluate: teacher's logits are of sequence {number} from {start}, {theirs.shape}, the student's of "
-                f"{other} from {other_start}, {ours.shape}; remove the work folder and start again"
+                f"evaluate: teacher's logits are of sequence {number} from {start}, {rows.shape}, the student's of "
+                f"{ours[0]} from {ours[1]}, {ours[2].shape}; remove the work folder and start again"
             )
-        ids = sequences[number]
-        following = [*ids[start + 1 : start + 1 + len(theirs)], -1][: len(theirs)]
-        parts[number].append(compare(theirs, ours, following))
+        _check_finite("teacher", theirs)
+        _check_finite("student", ours)
+        following = [*sequences[number][start + 1 : start + 1 + len(rows)], -1][: len(rows)]
+        parts[number].append(compare(rows, ours[2], following))
     return [joined(part) for part in parts]
+
+
+def _check_finite(role: str, piece: tuple[int, int, F32]) -> None:
+    number, start, rows = piece
+    if not np.isfinite(rows).all():
+        raise EngineError(
+            f"evaluate: the {role}'s logits of sequence {number} from token {start} are not all finite numbers; a "
+            "tensor of it is broken: run the stage that made it again"
+        )
