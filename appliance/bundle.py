@@ -3,8 +3,8 @@
 ``BuiltBundle``     a directory the exporter wrote: every byte checked against its manifest, nobody vouches for it
 ``VerifiedBundle``  an installed bundle whose signatures lead to a root this machine trusts; what is served
 
-Both give ``root`` (the directory beside whose ``objects/`` the graph lies), ``graph_path``, ``tokenizer_path``,
-``spec``, ``manifest``, ``bundle_id`` and ``signed``.
+Both give ``root`` (the directory beside whose ``objects/`` the graphs lie), ``graph(profile)``, ``graph_path`` (that of
+``full``), ``tokenizer_path``, ``spec``, ``manifest``, ``bundle_id`` and ``signed``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from appliance.bundle_writer import BundleWriter
 from appliance.errors import BundleError, StoreError, TrustError
 from appliance.layout import Layout
 from appliance.manifest import (
-    FILE_LIMITS_BYTES,
     MAX_MANIFEST_BYTES,
     Chunk,
     FileEntry,
     Manifest,
     ObjectEntry,
+    graph_file,
     is_bundle_id,
 )
 from appliance.model import ModelSpec
 from appliance.state import State
 from appliance.tree import Tree, read_pieces
 from appliance.trust import MAX_METADATA_BYTES, Chain, TrustedRoot, declared_root_version, verify_chain
+from appliance.wire import FULL
 
 __all__ = ["BuiltBundle", "BundleWriter", "Chunk", "FileEntry", "Manifest", "ObjectEntry", "VerifiedBundle"]
 
@@ -50,7 +51,6 @@ class BuiltBundle:
     root: Path
     manifest: Manifest
     spec: ModelSpec
-    graph_path: Path
     tokenizer_path: Path | None
     signed: bool = False
 
@@ -61,7 +61,7 @@ class BuiltBundle:
         manifest = read_built_manifest(tree)
         spec = None
         for entry in manifest.files:
-            data = tree.read(entry.path, FILE_LIMITS_BYTES[entry.path])
+            data = tree.read(entry.path, entry.size_bytes + 1)
             check_file(entry, data, entry.path, tree.remedy)
             if entry.path == "model.json":
                 spec = parse_spec(data)
@@ -69,8 +69,17 @@ class BuiltBundle:
             check_object(tree, item)
         if spec is None:
             raise BundleError(f"{path}: model.json is not listed")
+        check_profiles(spec, manifest, "model.json")
         tokenizer = path / "tokenizer.json" if manifest.file("tokenizer.json") else None
-        return BuiltBundle(path, manifest, spec, path / "model.onnx", tokenizer)
+        return BuiltBundle(path, manifest, spec, tokenizer)
+
+    def graph(self, profile: str) -> Path:
+        """The graph of ``profile``; UsageError names the profiles there are."""
+        return self.root / graph_file(self.spec.profile(profile, self.bundle_id).id)
+
+    @property
+    def graph_path(self) -> Path:
+        return self.graph(FULL)
 
     @property
     def bundle_id(self) -> str:
@@ -83,15 +92,22 @@ class VerifiedBundle:
     Only :meth:`open_installed` and :meth:`open_current` make one.
     """
 
-    __slots__ = ("bundle_id", "chain", "graph_path", "manifest", "root", "signed", "spec", "tokenizer_path")
+    __slots__ = ("bundle_id", "chain", "manifest", "root", "signed", "spec", "tokenizer_path")
 
     def __init__(self, models: Path, manifest: Manifest, spec: ModelSpec, chain: Chain, *, proof: object) -> None:
         if proof is not _PROOF:
             raise TypeError("a VerifiedBundle is made by VerifiedBundle.open_installed only")
         self.root, self.bundle_id = models, manifest.bundle_id
         self.manifest, self.spec, self.chain, self.signed = manifest, spec, chain, True
-        self.graph_path = models / f"{self.bundle_id}.model.onnx"
         self.tokenizer_path = models / f"{self.bundle_id}.tokenizer.json"
+
+    def graph(self, profile: str) -> Path:
+        """The graph of ``profile``; UsageError names the profiles there are."""
+        return self.root / f"{self.bundle_id}.{graph_file(self.spec.profile(profile, self.bundle_id).id)}"
+
+    @property
+    def graph_path(self) -> Path:
+        return self.graph(FULL)
 
     @staticmethod
     def open_current(home: Path, *, full: bool = False) -> VerifiedBundle:
@@ -140,6 +156,7 @@ def _open_installed(layout: Layout, bundle_id: str, full: bool, tick: Tick) -> V
             spec = parse_spec(data, stored)
     if spec is None or manifest.file("tokenizer.json") is None:
         raise BundleError(f"{name} lists no model.json or no tokenizer.json; such a bundle cannot be served")
+    check_profiles(spec, manifest, f"{bundle_id}.model.json")
     _check_pool(tree, manifest, full, tick)
     return VerifiedBundle(layout.models, manifest, spec, chain, proof=_PROOF)
 
@@ -220,6 +237,21 @@ def check_chunk(tree: Tree, entry: ObjectEntry, chunk: Chunk) -> None:
             digest.update(piece)
     if digest.hexdigest() != chunk.sha256:
         raise BundleError(f"{entry.path} is damaged at byte {chunk.offset:,} (SHA-256 differs); {tree.remedy}")
+
+
+def check_profiles(spec: ModelSpec, manifest: Manifest, source: str) -> None:
+    """BundleError unless the list has one graph for each profile, with its SHA-256, and each profile's own objects."""
+    listed, named = set(manifest.profiles), {profile.id for profile in spec.profiles}
+    if listed != named:
+        odd = sorted(listed ^ named)[0]
+        raise BundleError(f"{source} and the list disagree about profile {odd!r} ({graph_file(odd)}); build it again")
+    for profile in spec.profiles:
+        entry = manifest.file(graph_file(profile.id))
+        if entry is None or entry.sha256 != profile.graph_sha256:
+            raise BundleError(f"{source}: profile {profile.id} was made for another {graph_file(profile.id)}")
+        missing = [sha256 for sha256 in profile.overlay_objects if manifest.object(sha256) is None]
+        if missing:
+            raise BundleError(f"{source}: profile {profile.id} needs an object that is not listed: {missing[0]!r}")
 
 
 def parse_spec(data: bytes, source: str = "model.json") -> ModelSpec:

@@ -14,12 +14,13 @@ from typing import Any
 
 from appliance.errors import BundleError, SpaceError, UsageError
 from appliance.manifest import (
-    FILE_LIMITS_BYTES,
+    ALLOWED_FILES,
     MAX_OBJECT_BYTES,
     Chunk,
     FileEntry,
     Manifest,
     ObjectEntry,
+    file_limit_bytes,
     object_path,
 )
 
@@ -80,11 +81,10 @@ class BundleWriter:
         return entry
 
     def add_file(self, name: str, data: bytes) -> FileEntry:
-        """Store a small file under one of the fixed names; BundleError for another name, twice, empty or too long."""
-        limit = FILE_LIMITS_BYTES.get(name)
+        """Store a small file under an allowed name; BundleError for another name, twice, empty or too long."""
+        limit = file_limit_bytes(name)
         if limit is None or name in self._files:
-            known = ", ".join(FILE_LIMITS_BYTES)
-            raise BundleError(f"{name} is {'added twice' if limit else 'not one of ' + known}")
+            raise BundleError(f"{name} is {'added twice' if limit else 'not one of ' + ALLOWED_FILES}")
         if not 0 < len(data) <= limit:
             raise BundleError(f"{name} has {len(data):,} bytes; 1 to {limit:,} are allowed")
         try:

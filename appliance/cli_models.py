@@ -45,7 +45,9 @@ def list_bundles(args: argparse.Namespace, out: Output) -> int:
     """``solocard list``"""
     state, problem = _state(args.home)
     rows = [_row(item, state) for item in Pool(args.home).installed()]
-    lines = [f"{_mark(r):9} {r['bundle_id']}  version {r['version']}  {size(r['size_bytes'])}" for r in rows]
+    lines = [
+        f"{_mark(r):9} {r['bundle_id']}  version {r['version']}  {size(r['size_bytes'])}{_profiles(r)}" for r in rows
+    ]
     if problem:
         lines.append(f"note: {problem}")
     if not rows:
@@ -123,6 +125,11 @@ def _changed(out: Output, step: str, outcome: Outcome) -> int:
 def _row(item: Installed, state: State) -> dict[str, Any]:
     marks = {name: item.bundle_id == getattr(state, name) for name in ("current", "previous", "trial")}
     return asdict(item) | marks
+
+
+def _profiles(row: dict[str, Any]) -> str:
+    """The profiles besides full, for those who have to choose one."""
+    return f"  profiles {', '.join(row['profiles'])}" if len(row["profiles"]) > 1 else ""
 
 
 def _mark(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from appliance.errors import UsageError
+from appliance.wire import FULL, PROFILE_ID
 
 MAX_CONFIG_BYTES = 64 << 10
 
@@ -27,8 +29,12 @@ def home() -> Path:
     return Path("/var/lib/solocard") if os.geteuid() == 0 else Path.home() / ".local" / "share" / "solocard"
 
 
-def _setting(default: Any, unit: str, about: str, low: int | None = None, high: int | None = None) -> Any:
-    return field(default=default, metadata={"unit": unit, "about": about, "low": low, "high": high})
+def _setting(
+    default: Any, unit: str, about: str, low: int | None = None, high: int | None = None, *,
+    form: re.Pattern[str] | None = None,
+) -> Any:  # fmt: skip
+    metadata = {"unit": unit, "about": about, "low": low, "high": high, "form": form}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class KvConfig:
 class EngineConfig:
     """The model's engine."""
 
+    profile: str = _setting(FULL, "", "profile of the model, one per card; `solocard list` names them", form=PROFILE_ID)
     threads: int = _setting(1, "threads", "CPU threads of one operator; 1 lets answers be reused as prompts", 1, 256)
     context_tokens: int = _setting(8192, "tokens", "longest prompt plus answer", 512, 1 << 20)
 
@@ -173,6 +180,9 @@ def _check(item: dataclasses.Field[Any], default: Any, value: Any, where: str) -
     low, high = item.metadata.get("low"), item.metadata.get("high")
     if low is not None and not low <= value <= high:
         raise UsageError(f"{where} is {value:,}; allowed is {low:,} to {high:,} {item.metadata['unit']}")
+    form = item.metadata.get("form")
+    if form is not None and form.fullmatch(value) is None:
+        raise UsageError(f"{where} is {value[:60]!r}; allowed is text of the form {form.pattern}")
     if item.name == "host":
         check_loopback(value, where)
 

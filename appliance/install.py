@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from appliance.bundle import VerifiedBundle, stored_chain
+from appliance.bundle import VerifiedBundle, check_profiles, stored_chain
 from appliance.bundle_writer import write_synced
 from appliance.config import Config
 from appliance.errors import BundleError, SolocardError, StoreError, TrustError, UsageError
@@ -170,7 +170,7 @@ class Installer:
 
     def _check_content(self, stick: Tree, manifest: Manifest) -> dict[str, bytes]:
         files = read_small_files(stick, manifest)
-        ModelSpec.from_json(files["model.json"].decode("utf-8", "replace"))
+        check_profiles(ModelSpec.from_json(files["model.json"].decode("utf-8", "replace")), manifest, "model.json")
         if "tokenizer.json" not in files:
             raise BundleError(f"{stick.root} lists no tokenizer.json; it was built for tests and cannot be served")
         return files

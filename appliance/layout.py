@@ -62,7 +62,7 @@ class Layout:
         return self.trust / f"{version}.root.json"
 
     def bundle_file(self, bundle_id: str, name: str) -> Path:
-        """``name``: model.onnx, model.json, tokenizer.json or manifest.json of an installed bundle."""
+        """``name``: one of the bundle's small files (model.onnx, model.json …) or manifest.json, as installed."""
         return self.models / f"{bundle_id}.{name}"
 
     def metadata(self, bundle_id: str) -> Path:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appliance.errors import BundleError
+from appliance.model import MAX_PROFILES
+from appliance.wire import FULL, PROFILE_ID
 
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
@@ -22,9 +24,13 @@ MAX_OBJECT_BYTES = (1 << 32) - 1  # FAT32's largest file
 MAX_BUNDLE_BYTES = 1 << 40
 MAX_PROVENANCE_BYTES = 64 << 10
 MAX_RELEASE_COUNTER = (1 << 31) - 1
-FILE_LIMITS_BYTES = {"model.onnx": 64 << 20, "model.json": 16 << 20, "tokenizer.json": 64 << 20}
+FILE_LIMITS_BYTES = {
+    "model.onnx": 64 << 20, "model.json": 16 << 20, "tokenizer.json": 64 << 20, "quality.json": 4 << 20,
+}  # fmt: skip
 REQUIRED_FILES = ("model.json", "model.onnx")
+ALLOWED_FILES = ", ".join((*FILE_LIMITS_BYTES, "model.<profile id>.onnx"))
 
+_GRAPH = re.compile(rf"model\.({PROFILE_ID.pattern})\.onnx")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,31}")
@@ -33,7 +39,7 @@ _BUNDLE_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}-[1-9][0-9]{0,9}-[0-9a-f]{12}
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A small file of the bundle, by its fixed name."""
+    """A small file of the bundle, by one of the allowed names."""
 
     path: str
     sha256: str
@@ -124,6 +130,12 @@ class Manifest:
         """Bytes of all files and objects, without the manifest and the metadata."""
         return sum(f.size_bytes for f in self.files) + sum(o.size_bytes for o in self.objects)
 
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Ids of the profiles whose graphs are listed, ``full`` first, the others by name."""
+        others = (profile_of(f.path) for f in self.files)
+        return (FULL, *sorted(profile for profile in others if profile not in (None, FULL)))
+
     def file(self, path: str) -> FileEntry | None:
         """The entry of a small file, None when the bundle has none of that name."""
         return next((f for f in self.files if f.path == path), None)
@@ -136,6 +148,25 @@ class Manifest:
 def object_path(sha256: str) -> str:
     """Where an object lies in a bundle and in the pool, and the ``location`` model.onnx refers to it by."""
     return f"objects/{sha256[:2]}/{sha256}"
+
+
+def graph_file(profile: str) -> str:
+    """The name of a profile's graph in the bundle."""
+    return "model.onnx" if profile == FULL else f"model.{profile}.onnx"
+
+
+def profile_of(path: str) -> str | None:
+    """The profile whose graph ``path`` is; None for another file, and for model.full.onnx, which is no name."""
+    if path == graph_file(FULL):
+        return FULL
+    match = _GRAPH.fullmatch(path)
+    return match[1] if match is not None and match[1] != FULL else None
+
+
+def file_limit_bytes(path: str) -> int | None:
+    """The longest a small file of this name may be; None for a name that no bundle has."""
+    graph = isinstance(path, str) and profile_of(path) is not None
+    return FILE_LIMITS_BYTES["model.onnx"] if graph else FILE_LIMITS_BYTES.get(path)
 
 
 def is_bundle_id(text: str) -> bool:
@@ -175,7 +206,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         name=raw["name"],
         version=raw["version"],
         release_counter=raw["release_counter"],
-        files=tuple(FileEntry(**f) for f in _capped(raw["files"], len(FILE_LIMITS_BYTES), "files")),
+        files=tuple(FileEntry(**f) for f in _capped(raw["files"], len(FILE_LIMITS_BYTES) + MAX_PROFILES, "files")),
         objects=tuple(_parse_object(o) for o in _capped(raw["objects"], MAX_OBJECTS, "objects")),
         provenance=raw["provenance"],
     )
@@ -213,12 +244,16 @@ def _check(manifest: Manifest) -> None:
 def _check_files(files: tuple[FileEntry, ...]) -> None:
     paths = [f.path for f in files]
     for entry in files:
-        if entry.path not in FILE_LIMITS_BYTES:
-            raise BundleError(f"file {entry.path!r} is not one of {', '.join(FILE_LIMITS_BYTES)}")
+        limit = file_limit_bytes(entry.path)
+        if limit is None:
+            raise BundleError(f"file {entry.path!r} is not one of {ALLOWED_FILES}")
         _match(_SHA256, entry.sha256, f"{entry.path}.sha256")
-        _integer(entry.size_bytes, 1, FILE_LIMITS_BYTES[entry.path], f"{entry.path}.size_bytes")
+        _integer(entry.size_bytes, 1, limit, f"{entry.path}.size_bytes")
     if len(set(paths)) != len(paths):
         raise BundleError("a file is listed twice")
+    graphs = sum(profile_of(path) is not None for path in paths)
+    if graphs > MAX_PROFILES + 1:
+        raise BundleError(f"{graphs - 1} graphs besides model.onnx, at most {MAX_PROFILES} are allowed")
     for required in REQUIRED_FILES:
         if required not in paths:
             raise BundleError(f"{required} is not listed")

@@ -11,11 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from appliance.errors import BundleError
+from appliance.errors import BundleError, UsageError
+from appliance.wire import FULL, PROFILE_ID
 
 BLOCK_TOKENS = 256  # one KV block, in memory and on disk (design: state is paged from the start)
 OP_DOMAIN = "solocard"
 OP_VERSION = 1
+MAX_PROFILES = 16  # besides full
 ENCODINGS = ("dsv4-0424", "dsv4-0731")
 NUMERICS = ("kv-v4", "kv-f32")
 
@@ -117,7 +119,7 @@ class Golden:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One card class: experts kept per layer, overlay objects, the graph's digest."""
+    """One card class: experts kept per layer, objects only this profile adds, the graph's digest."""
 
     id: str
     card: str
@@ -149,6 +151,14 @@ class ModelSpec:
         """Canonical JSON: sorted keys, compact, no final newline."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
+    def profile(self, profile_id: str, bundle_id: str) -> Profile:
+        """The profile of that id; UsageError names the profiles ``bundle_id`` has."""
+        for profile in self.profiles:
+            if profile.id == profile_id:
+                return profile
+        known = ", ".join(profile.id for profile in self.profiles) or "none"
+        raise UsageError(f"profile {profile_id!r} is not in {bundle_id}, which has: {known}; set engine.profile")
+
     @staticmethod
     def from_json(text: str, source: str = "model.json") -> ModelSpec:
         """Parse and check; raises BundleError naming ``source`` and the field."""
@@ -160,8 +170,10 @@ class ModelSpec:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
             raise BundleError(f"{source}: format {found!r} is not 1; not a model.json, or this Solocard is too old")
         try:
-            return _spec(raw)
-        except (KeyError, TypeError, ValueError) as error:
+            spec = _spec(raw)
+            _check_profiles(spec, source)
+            return spec
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{source}: field {error} is missing or of the wrong type") from None
 
 
@@ -183,6 +195,25 @@ def _spec(raw: dict[str, Any]) -> ModelSpec:
     if spec["numerics"] not in NUMERICS or spec["encoding"] not in ENCODINGS:
         raise ValueError("numerics" if spec["numerics"] not in NUMERICS else "encoding")
     return ModelSpec(**spec)
+
+
+def _check_profiles(spec: ModelSpec, source: str) -> None:
+    """Ids once and in form, ``full`` first, as many counts as layers; golden tokens of profiles that exist."""
+    ids, config = [profile.id for profile in spec.profiles], spec.config
+    if not 1 <= len(ids) <= MAX_PROFILES + 1 or ids[0] != FULL or len(set(ids)) != len(ids):
+        raise BundleError(f"{source}: profiles are not {FULL!r} and up to {MAX_PROFILES} others, each once")
+    for profile in spec.profiles:
+        if not PROFILE_ID.fullmatch(profile.id):
+            raise BundleError(f"{source}: profile id {profile.id[:60]!r} is not of the form {PROFILE_ID.pattern}")
+        kept, least, most = profile.experts_kept, config.num_experts_per_tok, config.n_routed_experts
+        if len(kept) != config.num_hidden_layers or not all(type(k) is int and least <= k <= most for k in kept):
+            raise BundleError(
+                f"{source}: profile {profile.id}: experts_kept is not {config.num_hidden_layers} counts of {least} to "
+                f"{most}, one a layer"
+            )
+    unknown = {golden.profile for golden in spec.goldens} - set(ids)
+    if unknown:
+        raise BundleError(f"{source}: golden tokens of a profile {sorted(unknown)[0]!r} that is not there")
 
 
 def attention_row_width(config: ModelConfig, numerics: str) -> int:

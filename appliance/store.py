@@ -31,6 +31,7 @@ class Installed:
     version: str
     release_counter: int
     size_bytes: int
+    profiles: tuple[str, ...]
 
 
 class Pool:
@@ -106,7 +107,7 @@ class Pool:
         found = []
         for bundle_id in self._ids():
             m = self.manifest(bundle_id)
-            found.append(Installed(bundle_id, m.name, m.version, m.release_counter, m.total_bytes))
+            found.append(Installed(bundle_id, m.name, m.version, m.release_counter, m.total_bytes, m.profiles))
         return sorted(found, key=lambda item: (-item.release_counter, item.bundle_id))
 
     def _ids(self) -> list[str]:

@@ -8,10 +8,13 @@ Every ``solocard … --json`` command prints :class:`Progress` objects as JSON l
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 ADMIN_SOCKET = "run/admin.sock"  # below SOLOCARD_HOME
+FULL = "full"  # the profile every bundle has: all experts, graph model.onnx
+PROFILE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Status:
 
     bundle_id: str = ""
     model: str = ""
+    profile: str = ""  # of the bundle: which experts and overlays the engine loaded
     version: str = ""
     encoding: str = ""
     numerics: str = ""

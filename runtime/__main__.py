@@ -19,9 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runtime", description="The engine: serve, trial, logits.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve the current bundle over HTTP on this machine")
+    serve.add_argument("--profile", metavar="ID", help="the bundle's profile to serve (default: engine.profile)")
     serve.set_defaults(func=_serve)
     trial = commands.add_parser("trial", help="check an installed bundle's golden tokens")
     trial.add_argument("bundle_id")
+    trial.add_argument("--profile", metavar="ID", help="the bundle's profile to try (default: engine.profile)")
     trial.set_defaults(func=_trial)
     parity = commands.add_parser("logits", help="write the engine's logits for token ids (unsigned bundles allowed)")
     logits.add_arguments(parity)
@@ -52,16 +54,17 @@ def _trial(args: argparse.Namespace) -> int:
     bundle = VerifiedBundle.open_installed(home(), args.bundle_id)
     servable_tokenizer(bundle)
     config = Config.load(home())
+    profile = args.profile or config.engine.profile
     longest = max((len(g.prompt_ids) + len(g.expected_ids) for g in bundle.spec.goldens), default=2)
-    engine = load_engine(bundle, threads=config.engine.threads, context_tokens=max(longest, 2))
-    print(f"{bundle.bundle_id}: {run_trial(engine)} ({engine.backend.description})")
+    engine = load_engine(bundle, profile=profile, threads=config.engine.threads, context_tokens=max(longest, 2))
+    print(f"{bundle.bundle_id}, profile {profile}: {run_trial(engine)} ({engine.backend.description})")
     return 0
 
 
 def _serve(args: argparse.Namespace) -> int:
     from runtime.serving import serve_current
 
-    return int(serve_current(home()))
+    return int(serve_current(home(), profile=args.profile))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from appliance.errors import EngineError
 from appliance.model import ModelSpec, StateTensor
+from appliance.wire import FULL
 from runtime.backends.base import Arrays, Backend
 from runtime.kv.layout import (
     KvLayout,
@@ -45,17 +46,20 @@ class Sequence:
 
 
 class Engine:
-    """Runs ``spec`` on ``backend`` for up to ``max_sequences`` sequences of ``context_tokens`` tokens each."""
+    """Runs ``spec`` on ``backend`` for up to ``max_sequences`` sequences of ``context_tokens`` tokens each.
+
+    ``profile`` names whose graph the backend has.
+    """
 
     reuse_mixed = False  # True once runtime.bits has seen that m = 1, a tail and 256 give equal bits here
 
     def __init__(
-        self, spec: ModelSpec, backend: Backend, *, context_tokens: int, max_sequences: int = 1
+        self, spec: ModelSpec, backend: Backend, *, context_tokens: int, max_sequences: int = 1, profile: str = FULL
     ) -> None:  # fmt: skip
         if not 2 <= context_tokens <= spec.config.max_position_embeddings:
             most = spec.config.max_position_embeddings
             raise EngineError(f"context_tokens {context_tokens} is not between 2 and the model's {most}")
-        self.spec, self.backend, self.context_tokens = spec, backend, context_tokens
+        self.spec, self.backend, self.context_tokens, self.profile = spec, backend, context_tokens, profile
         self.layout = KvLayout.from_spec(spec)
         self._rope = RopeTables(spec.config)
         self._ratios = sorted({r for r in spec.config.compress_ratios if r})

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from appliance.bundle import BuiltBundle
 from appliance.errors import UsageError
+from appliance.wire import FULL
 from runtime.engine import Engine
 from runtime.load import load_engine
 from runtime.schedule import prompt_calls
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help=".npy to write: f32 [n, vocab] or [p, n, vocab]")
     parser.add_argument("--chunks", help="tokens per call, e.g. 5,3,16,1 (default: 256 at a time, then the tail)")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="append N greedy tokens, decoded singly")
+    parser.add_argument("--profile", default=FULL, metavar="ID", help="the bundle's profile to run (default: full)")
     parser.add_argument("--threads", type=int, default=1, help="onnxruntime intra-op threads (default: 1)")
 
 
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     prompts, single = read_prompts(args.ids)
     chunks = parse_chunks(args.chunks)
     longest = max(len(prompt) for prompt in prompts) + args.generate
-    engine = load_engine(bundle, threads=args.threads, context_tokens=max(longest, 2))
+    engine = load_engine(bundle, profile=args.profile, threads=args.threads, context_tokens=max(longest, 2))
     results = [sequence_logits(engine, prompt, chunks, args.generate) for prompt in prompts]
     rows = max(len(result) for result in results)
     out = np.zeros((len(results), rows, results[0].shape[1]), np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,17 +26,21 @@ from runtime.server.keys import KeyFolder
 from runtime.server.serve import check_tokenizer, run
 from runtime.tokenizer import Tokenizer
 
+_LOCATION = re.compile(rb"objects/[0-9a-f]{2}/([0-9a-f]{64})")
 KV_MASTER_KEY = "keys/kv-master"  # below SOLOCARD_HOME
 
 
-def serve_current(home: Path) -> int:
-    """Verify, load and serve until a signal; the exit code."""
+def serve_current(home: Path, *, profile: str | None = None) -> int:
+    """Verify, load and serve until a signal; the exit code. ``profile`` overrides ``engine.profile``."""
     config = Config.load(home)
+    profile = profile or config.engine.profile
     started_s = time.monotonic()
     bundle = VerifiedBundle.open_current(home)
     tokenizer = servable_tokenizer(bundle)
-    _say(f"loading {bundle.bundle_id}: {bundle.manifest.total_bytes:,} bytes, verified")
-    engine = load_engine(bundle, threads=config.engine.threads, context_tokens=config.engine.context_tokens)
+    _say(f"loading {bundle.bundle_id}, profile {profile}: {bundle.manifest.total_bytes:,} bytes, verified")
+    engine = load_engine(
+        bundle, profile=profile, threads=config.engine.threads, context_tokens=config.engine.context_tokens
+    )  # fmt: skip
     engine.reuse_mixed = bits.rows_agree(engine)
     store = open_store(home, bundle, engine, config)
     notes = describe(engine)
@@ -43,7 +48,8 @@ def serve_current(home: Path) -> int:
     keys = KeyFolder(home / "keys")
     return run(
         config, engine, tokenizer, store, home=home, verify=keys.verify,
-        bundle_id=bundle.bundle_id, backend_description=engine.backend.description, device=engine.backend.device,
+        bundle_id=bundle.bundle_id, profile=profile, backend_description=engine.backend.description,
+        device=engine.backend.device,
         arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
         close=store.close if store else lambda: None,
     )  # fmt: skip
@@ -95,19 +101,25 @@ def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Conf
 
 
 def bundle_fingerprint(bundle: VerifiedBundle, engine: Engine) -> Fingerprint:
-    """F of the profile ``full``: every object is mapped. The manifest's own digest is not in it.
+    """F of the engine's profile: the objects its graph maps, its graph, its id. Not the manifest's own digest.
 
     The model's config counts as part of the graph: what the host feeds it (RoPE rows) follows from the config alone,
     so two bundles may share graph and objects and still compute different rows.
     """
     files = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     config = json.dumps(dataclasses.asdict(bundle.spec.config), sort_keys=True, separators=(",", ":"))
-    graphs = [files["model.onnx"], hashlib.sha256(config.encode()).hexdigest()]
+    graph = bundle.graph(engine.profile).read_bytes()
+    graphs = [hashlib.sha256(graph).hexdigest(), hashlib.sha256(config.encode()).hexdigest()]
     return fingerprint(
-        objects=[entry.sha256 for entry in bundle.manifest.objects], graphs=graphs, profile="full",
+        objects=mapped_objects(graph), graphs=graphs, profile=engine.profile,
         tokenizer_sha256=files["tokenizer.json"], encoding=bundle.spec.encoding, numerics=bundle.spec.numerics,
         layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
     )  # fmt: skip
+
+
+def mapped_objects(graph: bytes) -> set[str]:
+    """SHA-256 of every object a serialized graph refers to; its external_data locations are ``objects/ab/<sha256>``."""
+    return {match[1].decode() for match in _LOCATION.finditer(graph)}
 
 
 def _say(message: str) -> None:

@@ -27,11 +27,14 @@ class TrialReport:
         return f"checked {self.tokens} golden tokens of {self.prompts} prompts, least margin {self.least_margin:.2f}"
 
 
-def run_trial(engine: Engine, profile: str = "full") -> TrialReport:
-    """Raises TrialError naming the first prompt and token that differ, or when there is nothing to check."""
-    goldens = [golden for golden in engine.spec.goldens if golden.profile == profile]
+def run_trial(engine: Engine) -> TrialReport:
+    """Try the engine's profile on its own golden tokens.
+
+    Raises TrialError naming the first prompt and token that differ, or when there is nothing to check.
+    """
+    goldens = [golden for golden in engine.spec.goldens if golden.profile == engine.profile]
     if not goldens:
-        raise TrialError(f"model.json holds no golden tokens for profile {profile!r}; the bundle cannot be tried")
+        raise TrialError(f"model.json holds no golden tokens for profile {engine.profile!r}; it cannot be tried")
     margins = [_check(engine, index, golden) for index, golden in enumerate(goldens)]
     return TrialReport(len(goldens), sum(len(g.expected_ids) for g in goldens), min(margins))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from appliance.bundle import BundleWriter, VerifiedBundle
@@ -29,10 +30,10 @@ def config() -> ModelConfig:
     )
 
 
-def spec(name: str = "sample") -> ModelSpec:
+def spec(name: str = "sample", graph: bytes = b"") -> ModelSpec:
     return ModelSpec(
         name=name, config=config(), states=state_tensors(config(), "kv-v4"), encoding="dsv4-0424", numerics="kv-v4",
-        profiles=(Profile("full", "any", (4, 4, 4), (), "0" * 64),),
+        profiles=(Profile("full", "any", (4, 4, 4), (), hashlib.sha256(graph).hexdigest()),),
         goldens=(Golden("full", (0, 5, 6), (7,), 0.5),),
     )
 
@@ -43,8 +44,9 @@ def build(out: Path, *, counter: int = 1, seed: int = 0, tokenizer: bool = True)
     writer.add_object([bytes([7]) * 3000])
     writer.add_object([bytes([seed, i]) * 2048 for i in range(4)], record_bytes=4096)
     writer.add_object([b"%d:%d," % (seed, i) for i in range(500)])
-    writer.add_file("model.onnx", b"not a graph, %d" % seed)
-    writer.add_file("model.json", spec().to_json().encode())
+    graph = b"not a graph, %d" % seed
+    writer.add_file("model.onnx", graph)
+    writer.add_file("model.json", spec(graph=graph).to_json().encode())
     if tokenizer:
         writer.add_file("tokenizer.json", b'{"version":"1.0"}')
     return writer.finish("sample", f"1.{counter}", counter, {"seed": seed})

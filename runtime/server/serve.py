@@ -26,7 +26,7 @@ import uvicorn
 
 from appliance.config import Config, check_loopback
 from appliance.errors import RequestError, UsageError
-from appliance.wire import ADMIN_SOCKET, KvStatus
+from appliance.wire import ADMIN_SOCKET, FULL, KvStatus
 from runtime.chat.encoding import CONTROL_LITERALS, EOS, dialect
 from runtime.request import EngineLike, KvLike
 from runtime.scheduler import Scheduler
@@ -47,8 +47,9 @@ _log = logging.getLogger("solocard.serve")
 
 def build_service(
     config: Config, engine: EngineLike[Any], tokenizer: Tokenizer, kv: KvLike | None, *, verify: KeyCheck,
-    bundle_id: str, backend_description: str, device: str = "CPU", arithmetic: Mapping[str, Any] | None = None,
-    notes: tuple[str, ...] = (), reuse_mixed: bool = False, tenant: str = "default",
+    bundle_id: str, backend_description: str, profile: str = FULL, device: str = "CPU",
+    arithmetic: Mapping[str, Any] | None = None, notes: tuple[str, ...] = (), reuse_mixed: bool = False,
+    tenant: str = "default",
 ) -> Service:  # fmt: skip
     """The parts, checked against each other. Raises UsageError for an unknown dialect, EngineError for a tokenizer
     that lacks the dialect's control tokens."""
@@ -56,7 +57,7 @@ def build_service(
     check_tokenizer(tokenizer, spec.config.eos_token_id)
     info = ServerInfo(
         spec.name, bundle_id, spec.encoding, spec.numerics, backend_description, device, engine.context_tokens,
-        _version(), dict(arithmetic or {}), notes,
+        _version(), dict(arithmetic or {}), notes, profile,
     )  # fmt: skip
     scheduler = Scheduler(engine, kv, queue_depth=config.server.queue_depth, reuse_mixed=reuse_mixed)
     return Service(

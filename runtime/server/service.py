@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from appliance.errors import RequestError
-from appliance.wire import KvStatus, Status
+from appliance.wire import FULL, KvStatus, Status
 from runtime.chat.encoding import Dialect, encode_chat
 from runtime.chat.transcript import Transcript
 from runtime.request import Event, Request
@@ -35,6 +35,7 @@ class ServerInfo:
     version: str = ""
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    profile: str = FULL
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,8 +89,8 @@ class Service:
         info, scheduler, metrics = self.info, self.scheduler, self.scheduler.metrics
         prefill, decode = metrics.rates()
         return Status(
-            bundle_id=info.bundle_id, model=info.model, version=info.version, encoding=info.encoding,
-            numerics=info.numerics, backend=info.backend, device=info.device, state=self.state,
+            bundle_id=info.bundle_id, model=info.model, profile=info.profile, version=info.version,
+            encoding=info.encoding, numerics=info.numerics, backend=info.backend, device=info.device, state=self.state,
             uptime_s=metrics.uptime_s, window_s=metrics.window_s, prefill_tokens_per_s=prefill,
             decode_tokens_per_s=decode, running=scheduler.running, queued=scheduler.queued,
             queue_depth=scheduler.queue_depth, requests_total=metrics.requests("/v1/chat/completions"),
@@ -102,7 +103,8 @@ class Service:
         kv = self.kv_status()
         return {
             "status": self.state, "model": self.info.model, "bundle": self.info.bundle_id,
-            "backend": self.info.backend, "device": self.info.device, "arithmetic": dict(self.info.arithmetic),
+            "profile": self.info.profile, "backend": self.info.backend, "device": self.info.device,
+            "arithmetic": dict(self.info.arithmetic),
             "kv": {"enabled": kv.enabled, "writing": kv.writing, "reason": kv.reason,
                    "used_bytes": kv.used_bytes, "max_bytes": kv.max_bytes},
             "notes": list(self.info.notes),

@@ -80,7 +80,7 @@ def test_json_is_progress_lines_and_the_last_is_done(desk, home, golden_trial, c
     assert main(["list", "--json"]) == 0
     (row,) = lines(capsys.readouterr().out)[0].data["bundles"]
     assert set(row) == {
-        "bundle_id", "name", "version", "release_counter", "size_bytes", "current", "previous", "trial",
+        "bundle_id", "name", "version", "release_counter", "size_bytes", "profiles", "current", "previous", "trial",
     }  # fmt: skip
     assert (row["current"], row["previous"]) == (True, False)
 

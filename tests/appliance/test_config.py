@@ -21,6 +21,7 @@ def test_defaults_without_a_file(tmp_path):
     assert (config.kv.enabled, config.kv.max_bytes) == (True, 8 * 1024**3)
     assert 1 <= config.engine.threads <= 2
     assert config.engine.context_tokens == 8192
+    assert config.engine.profile == "full"
     assert config.sources == {}
 
 
@@ -33,7 +34,7 @@ def test_a_file_changes_what_it_names_and_says_so(tmp_path):
     assert rows["server.port"]["default"] == 8017
     assert rows["server.host"]["source"] == "default"
     assert all(set(row) == {"key", "value", "unit", "default", "source", "about"} for row in rows.values())
-    assert len(rows) == 12
+    assert len(rows) == 13
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "server:\n  host: ::1\n", "server: {host: localhost}\n"])
@@ -54,6 +55,9 @@ def test_accepted(text):
         ("kv:\n  enabled: 1\n", "kv.enabled is 1; allowed is true or false"),
         ("kv:\n  max_bytes: 1.5\n", "kv.max_bytes is 1.5; allowed is an integer"),
         ("engine:\n  threads: -1\n", "engine.threads is -1; allowed is 1 to 256 threads"),
+        ("engine:\n  profile: ../up\n", "engine.profile is '../up'; allowed is text of the form"),
+        ("engine:\n  profile: ''\n", "engine.profile is ''; allowed is text of the form"),
+        ("engine:\n  profile: 5\n", "engine.profile is 5; allowed is text"),
         ("server:\n  host: 0.0.0.0\n", "until TLS exists"),
         ("server:\n  host: example.org\n", "until TLS exists"),
         ("server:\n  host: null\n", "server.host is None; allowed is text"),
