@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from appliance.errors import SolocardError
-from exporter import build, parity, sample, signing
+from exporter import build, parity, rank, sample, signing, student
 from exporter.evaluate import command as evaluate
 from exporter.observe import command as observe
 from exporter.plan import command as plan
+from exporter.quantize import command as quantize
 
 ABOUT = """From DeepSeek's official V4-Flash checkpoint to a signed bundle for machines without internet.
 
@@ -36,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.add_command(commands)
     evaluate.add_commands(commands)
     observe.add_command(commands)
+    rank.add_command(commands)
+    quantize.add_command(commands)
     parity.add_commands(commands)
+    student.add_command(commands)
     signing.add_commands(commands)
     args = parser.parse_args(argv)
     try:
