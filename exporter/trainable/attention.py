@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from appliance.model import ModelConfig
 from exporter.trainable import rotary
@@ -54,10 +55,11 @@ class Attention(nn.Module):
             keys = torch.cat([keys, self._stored(entries, round_rows)], 1)
             extra, scores = self._entry_bias(x, latent, turn, entry_turn, round_rows, select, teach)
             bias = torch.cat([bias.expand(extra.shape[0], -1, -1), extra], 2)
+        keys, bias = F.pad(keys, (0, 0, 0, 1)), F.pad(bias, (0, 1))  # the sink: a key of zeros, a score of its own
         p = self._probabilities(query, keys, bias)
         out = (p.flatten(1, 2) @ keys).unflatten(1, (tokens, config.num_attention_heads))
         out = rotary.rotate(out, turn, inverse=True).reshape(*x.shape[:2], config.o_groups, -1)
-        side = x.new_zeros(()) if scores is None or not teach else side_loss(scores, p.detach()[..., tokens:])
+        side = x.new_zeros(()) if scores is None or not teach else side_loss(scores, p.detach()[..., tokens:-1])
         return self.wo_b(self._grouped(out).flatten(2)), side
 
     def _stored(self, row: Tensor, round_rows: bool) -> Tensor:
@@ -85,12 +87,13 @@ class Attention(nn.Module):
         return (keep_best(scores.detach(), self.config.index_topk) if selecting else bias), scores
 
     def _probabilities(self, query: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-        """query [B, T, H, d], keys [B, K, d], bias [1 or B, T, K] → [B, T, H, K] of a softmax that holds the sink."""
+        """query [B, T, H, d], keys [B, K, d], bias [1 or B, T, K] → [B, T, H, K]; the last key is the sink."""
         batch, tokens, heads, width = query.shape
         scores = ((query * width**-0.5).flatten(1, 2) @ keys.transpose(1, 2)).view(batch, tokens, heads, -1)
-        return sink_softmax(scores.add_(bias.unsqueeze(2)), self.attn_sink)
+        return sink_softmax(scores, bias, self.attn_sink)
 
     def _grouped(self, out: Tensor) -> Tensor:
         """out [B, T, G, K] → [B, T, G, R]: group g meets rows g·R … of wo_a."""
-        weight = self.wo_a.weight.view(self.config.o_groups, self.config.o_lora_rank, -1)
-        return torch.einsum("btgi,goi->btgo", self.wo_a.turned(out), weight)
+        out, groups = self.wo_a.turned(out), self.config.o_groups
+        weights = self.wo_a.weight.view(groups, self.config.o_lora_rank, -1)
+        return torch.stack([F.linear(out[:, :, group], weights[group]) for group in range(groups)], 2)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from appliance.model import ModelConfig
-from exporter.trainable.autograd import mean_square
+from exporter.trainable.autograd import mean_square, sinkhorn
 
 
 def coefficients(
@@ -19,11 +19,7 @@ def coefficients(
     pre = torch.sigmoid(mixes[:s] * scale[0] + base[:s, None]) + eps
     post = 2 * torch.sigmoid(mixes[s : 2 * s] * scale[1] + base[s : 2 * s, None])
     comb = (mixes[2 * s :] * scale[2] + base[2 * s :, None]).view(s, s, -1).softmax(1) + eps
-    comb = comb / (comb.sum(0, keepdim=True) + eps)
-    for _ in range(config.hc_sinkhorn_iters - 1):
-        comb = comb / (comb.sum(1, keepdim=True) + eps)
-        comb = comb / (comb.sum(0, keepdim=True) + eps)
-    return pre, post, comb
+    return pre, post, sinkhorn(comb, config.hc_sinkhorn_iters, eps)
 
 
 def head_coefficients(

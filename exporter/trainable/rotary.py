@@ -1,4 +1,4 @@
-"""Rotary positions: interleaved pairs of the last dims of a row are turned by an angle; real arithmetic only."""
+"""Rotary positions: interleaved pairs of the last dims of a row are turned by an angle."""
 
 from __future__ import annotations
 
@@ -42,6 +42,20 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor], *, inverse: bool = False) -> 
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Complex products where the device has them (a third of the time), real ones elsewhere."""
+    return turned_complex(x, cos, sin) if x.device.type in ("cpu", "cuda") else turned_real(x, cos, sin)
+
+
+def turned_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with its last pairs multiplied by cos + i·sin."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    pairs = y[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2))
+    torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))
+    return y
+
+
+def turned_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in real arithmetic."""
     dims = 2 * cos.shape[-1]
     y = x.clone(memory_format=torch.contiguous_format)
     even, odd = x[..., -dims::2], x[..., 1 - dims :: 2]
