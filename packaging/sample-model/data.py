@@ -12,11 +12,12 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import wordings
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -28,6 +29,8 @@ BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
 HELD_OUT_ONE_IN = 20
 MAX_FILE_CHARS = 120_000
 BOOK_SHARE = 0.08  # of the prose rows
+MORE_SHARE = 0.7  # of the questions, where a fact has more wordings
+CUT_SHARE = 0.6  # of the chats with one question, in the second stage
 # Given to the tokenizer beside the prose, so that commands are few tokens.
 COMMANDS = (
     "Run `solocard trust add ROOT.json`.", "Run `solocard install DIR`.", "Run `solocard rollback`.",
@@ -100,9 +103,12 @@ class Fact:
     doing: tuple[str, ...]  # "install a bundle": goes into WAYS_TO_ASK
     questions: tuple[str, ...]
     unseen: tuple[str, ...]  # wordings never trained on
+    more: wordings.Wordings = field(default_factory=wordings.Wordings)  # trained on in the second stage
 
     def ask(self, draw: random.Random) -> str:
         """One of the seen wordings."""
+        if self.more and draw.random() < MORE_SHARE:
+            return self.more.ask(draw)
         picked = draw.randrange(len(self.questions) + 2 * len(self.doing))
         if picked < len(self.questions):
             return self.questions[picked]
@@ -130,6 +136,19 @@ def load_manual(path: Path) -> list[Fact]:
             if question in seen:
                 raise ValueError(f"{path}: {fact.fact}: {question!r} is both seen and unseen")
     return facts
+
+
+def with_more(facts: list[Fact], path: Path) -> list[Fact]:
+    """The facts with the patterns of `path`; a pattern that could give an unseen wording of any fact is left out."""
+    more = wordings.read(path)
+    strangers = more.keys() - {fact.fact for fact in facts}
+    if strangers:
+        raise ValueError(f"{path}: no such facts in the manual: {', '.join(sorted(strangers))}")
+    unseen = [question for fact in facts for question in fact.unseen]
+    for name in more:
+        for question in unseen:
+            more[name] = more[name].without(question)
+    return [replace(fact, more=more.get(fact.fact, fact.more)) for fact in facts]
 
 
 def reworded(question: str, draw: random.Random) -> str:
@@ -208,6 +227,7 @@ class Batches:
         self.manual = manual
         self.draw = random.Random(seed)
         self.queue: list[Fact] = []
+        self.cut_share = CUT_SHARE if any(fact.more for fact in manual) else 0.0
         self.answer_weights = self._answer_weights()
 
     def next(self, rows: int, manual_share: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -242,14 +262,24 @@ class Batches:
         return {text: [8.0 if len(ways[tuple(ids[:i])]) > 1 else 1.0 for i in range(len(ids))]
                 for text, ids in zip(texts, encoded, strict=True)}
 
+    @staticmethod
+    def _decided(worth: list[float]) -> int:
+        """Tokens of an answer up to the last one at which answers part ways: more of it teaches little."""
+        return 1 + max((i for i, value in enumerate(worth) if value > 1), default=len(worth) - 1)
+
     def _manual_row(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids: list[int] = []
         weights: list[float] = []
+        was_cut = False
         while len(ids) < self.length + 1:
             facts = [self._next_fact() for _ in range(self.draw.choice([1, 1, 1, 2, 3]))]
             for asked, answer in conversation(facts, self.draw):
                 before = self.tokenizer.encode(asked, add_special_tokens=False).ids
-                ids += before + self.tokenizer.encode(answer, add_special_tokens=False).ids
-                weights += [0.2] * len(before) + self.answer_weights[answer]
+                said, worth = self.tokenizer.encode(answer, add_special_tokens=False).ids, self.answer_weights[answer]
+                cut = len(facts) == 1 and self.draw.random() < self.cut_share
+                kept = self._decided(worth) if cut else len(said)
+                ids += before + said[:kept]
+                weights += [0.0 if was_cut else 0.2, *[0.2] * (len(before) - 1), *worth[:kept]]
+                was_cut = cut
         cut = self.length + 1
         return np.array(ids[:cut], np.int64), np.array(weights[1:cut], np.float32)
