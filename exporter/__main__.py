@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from appliance.errors import SolocardError
-from exporter import build, parity, rank, sample, signing, student
+from exporter import build, parity, pipeline, rank, sample, signing, student
 from exporter.evaluate import command as evaluate
 from exporter.observe import command as observe
 from exporter.plan import command as plan
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     observe.add_command(commands)
     rank.add_command(commands)
     quantize.add_command(commands)
+    pipeline.add_command(commands)
     parity.add_commands(commands)
     student.add_command(commands)
     signing.add_commands(commands)
