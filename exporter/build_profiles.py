@@ -6,62 +6,25 @@ be of exactly that model, and a gate it failed must be waived in it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from appliance.errors import CheckpointError, UsageError
-from appliance.model import ModelConfig
+from appliance.manifest import graph_file
+from appliance.model import MAX_PROFILES
+from appliance.wire import FULL
 from exporter.checkpoint import Checkpoint
 from exporter.evaluate.gates import kind_of
 from exporter.evaluate.quality import Quality
 from exporter.overlay import Overlay
+from exporter.plan.plan import Plan
 from exporter.ranking import Ranking
-from exporter.stage import digest, read_json
+from exporter.stage import digest
 from exporter.view import View
-from exporter.view_arguments import planned_experts
 
-FULL = "full"
 MAX_REASON_BYTES = 1000
-
-
-_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedProfile:
-    """What ``build`` takes from a plan.json."""
-
-    id: str
-    card: str
-    experts_kept: tuple[int, ...]
-    dense: str  # "D4": attention and shared experts in MXFP4, "D8": in FP8 as shipped
-    head: str  # "bf16" or "fp8"
-    gates: Mapping[str, float]
-    source_sha256: str
-    sha256: str
-
-    @staticmethod
-    def read(path: Path, config: ModelConfig) -> PlannedProfile:
-        """CheckpointError or UsageError names file and field."""
-        raw = read_json(path)
-        card = raw.get("card")
-        name = card.get("id", card.get("name")) if isinstance(card, dict) else card
-        plain = {"id": raw.get("id"), "card": name, "source_sha256": raw.get("source_sha256")}
-        for field, value in plain.items():
-            if not isinstance(value, str):
-                raise CheckpointError(f"{path}: {field}: found {str(value)[:40]!r}, expected text; plan again")
-        if raw["id"] == FULL or _ID.fullmatch(raw["id"]) is None:
-            raise CheckpointError(f"{path}: id: found {raw['id'][:60]!r}, expected {_ID.pattern} and not {FULL!r}")
-        for field, choices in (("dense", ("D4", "D8")), ("head", ("bf16", "fp8"))):
-            if raw.get(field) not in choices:
-                raise CheckpointError(f"{path}: {field}: found {str(raw.get(field))[:40]!r}, expected one of {choices}")
-        kept, gates = planned_experts(path, config), raw.get("gates", {})
-        return PlannedProfile(
-            raw["id"], str(name), kept, raw["dense"], raw["head"], gates, raw["source_sha256"], digest(raw)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +34,20 @@ class BuildProfile:
     id: str
     card: str
     view: View
-    plan: PlannedProfile | None = None
+    plan: Plan | None = None
     quality: Quality | None = None
     without_quality: str = ""  # the reason given
 
     @property
     def graph_file(self) -> str:
         """The graph's name in the bundle."""
-        return "model.onnx" if self.id == FULL else f"model.{self.id}.onnx"
+        return graph_file(self.id)
 
     def recipe(self) -> dict[str, Any]:
         """What the profile is made of, by digest: for the build's recipe and the provenance."""
         found: dict[str, Any] = {"recipe_sha256": self.view.recipe_sha256}
         if self.plan is not None:
-            found["plan_sha256"] = self.plan.sha256
+            found["plan_sha256"] = digest(self.plan.to_dict())
         if self.view.overlays:
             found["overlays"] = [_overlay(overlay) for overlay in self.view.overlays]
         if self.quality is not None:
@@ -98,6 +61,8 @@ def open_profiles(
     base: Checkpoint, ranking: Ranking | None, profiles: Sequence[str], qualities: Sequence[Path], reason: str | None
 ) -> tuple[BuildProfile, ...]:
     """``full`` first, then one per "PLAN.json[,OVERLAY_DIR…]". UsageError or CheckpointError names what is wrong."""
+    if len(profiles) > MAX_PROFILES:
+        raise UsageError(f"--profile: {len(profiles)} of them, {MAX_PROFILES} at most beside {FULL!r}")
     if reason is not None and not 0 < len(reason.encode()) <= MAX_REASON_BYTES:
         raise UsageError(f"--without-quality: {len(reason.encode())} bytes, expected 1 to {MAX_REASON_BYTES}")
     found = [BuildProfile(FULL, "any", View(base, ranking=ranking))]
@@ -118,18 +83,25 @@ def quality_json(profiles: Sequence[BuildProfile]) -> dict[str, Any] | None:
 
 
 def _opened(base: Checkpoint, ranking: Ranking | None, path: Path, overlays: Sequence[Path]) -> BuildProfile:
-    plan = PlannedProfile.read(path, base.config)
-    if plan.source_sha256 != base.headers_sha256:
-        raise UsageError(f"{path}: was planned for another checkpoint than {base.path}; plan for this one")
+    plan = _plan(path, base)
     kept = plan.experts_kept
     view = View(base, ranking=ranking, experts_kept=kept, overlays=[Overlay.open(folder) for folder in overlays])
     _check_formats(path, plan, view)
     for layer in range(base.config.num_hash_layers):
         view.read(f"layers.{layer}.ffn.gate.tid2eid")  # refuses experts that tokens are routed to and that were cut
-    return BuildProfile(plan.id, plan.card, view, plan)
+    return BuildProfile(plan.id, str(plan.card.get("id", "")), view, plan)
 
 
-def _check_formats(path: Path, plan: PlannedProfile, view: View) -> None:
+def _plan(path: Path, base: Checkpoint) -> Plan:
+    plan = Plan.read(path)
+    if plan.source_sha256 != base.headers_sha256:
+        raise UsageError(f"{path}: was planned for another checkpoint than {base.path}; plan for this one")
+    if plan.id == FULL:
+        raise UsageError(f"{path}: id: {FULL!r} is the name of the whole model; plan with another --id")
+    return plan
+
+
+def _check_formats(path: Path, plan: Plan, view: View) -> None:
     """The plan's bytes hold only if the overlays store what it counted with."""
     for name, planned, dtypes in _planned_formats(plan, view):
         found = view.info(f"{name}.weight").dtype
@@ -140,7 +112,7 @@ def _check_formats(path: Path, plan: PlannedProfile, view: View) -> None:
             )
 
 
-def _planned_formats(plan: PlannedProfile, view: View) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+def _planned_formats(plan: Plan, view: View) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     dense = {"D4": "I8", "D8": "F8_E4M3"}
     for layer in range(view.config.num_hidden_layers):
         for linear in ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b"):
