@@ -157,7 +157,10 @@ class ModelSpec:
             if profile.id == profile_id:
                 return profile
         known = ", ".join(profile.id for profile in self.profiles) or "none"
-        raise UsageError(f"profile {profile_id!r} is not in {bundle_id}, which has: {known}; set engine.profile")
+        raise UsageError(
+            f"profile {profile_id!r} is not in {bundle_id}, which has {known}; name one with --profile, or as "
+            "engine.profile in config.yaml"
+        )
 
     @staticmethod
     def from_json(text: str, source: str = "model.json") -> ModelSpec:

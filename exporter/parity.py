@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from appliance.bundle import BuiltBundle
 from appliance.errors import EngineError, UsageError
+from appliance.wire import FULL
 from exporter.bundle_weights import BundleWeights
 from exporter.engine_process import engine_logits, run_logits
 
@@ -50,6 +51,7 @@ def add_commands(commands: Any) -> None:
     """Add ``parity`` and ``logits``."""
     parser = commands.add_parser("parity", help="compare a bundle's engine with the torch reference")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--profile", default=FULL, metavar="ID", help="the bundle's profile to compare (default: full)")
     parser.add_argument("--tokens", type=int, default=300, help="length of the random prompt (default: 300)")
     parser.add_argument("--ids", type=Path, help=".npy of token ids to use instead")
     parser.set_defaults(func=run_parity)
@@ -57,6 +59,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--ids", required=True, metavar="FILE", help=".npy of token ids, [n] or [p, n] padded with -1")
     parser.add_argument("--out", required=True, metavar="FILE", help=".npy to write: f32 [n, vocab] or [p, n, vocab]")
+    parser.add_argument("--profile", default=FULL, metavar="ID", help="the bundle's profile to run (default: full)")
     parser.add_argument("--chunks", metavar="LIST", help="tokens per call, e.g. 5,3,16,1 (default: 256 at a time)")
     parser.add_argument("--generate", default="0", metavar="N", help="append N greedy tokens")
     parser.add_argument("--threads", default="1", metavar="N", help="engine threads (default: 1)")
@@ -65,6 +68,7 @@ def add_commands(commands: Any) -> None:
 
 def _run_logits(args: argparse.Namespace) -> int:
     options = ["--ids", args.ids, "--out", args.out, "--generate", args.generate, "--threads", args.threads]
+    options += ["--profile", args.profile]
     run_logits([args.bundle, *options, *(["--chunks", args.chunks] if args.chunks is not None else [])])
     return 0
 
@@ -81,12 +85,13 @@ def run_parity(args: argparse.Namespace) -> int:
         ids = [int(i) for i in rng.integers(0, config.vocab_size, args.tokens)]
     else:
         ids = read_ids(args.ids, config.vocab_size)
-    model = reference(BundleWeights(bundle.root, config), config, kv_sim=numerics == "kv-v4")
+    weights = BundleWeights(bundle.graph(args.profile), config)
+    model = reference(weights, config, kv_sim=numerics == "kv-v4", arrangement=weights.arrangement)
     expected = model.forward(ids, model.new_state()).numpy()
     failed = []
     chunkings = {"256-token chunks": [], "5,3,16,1 then 256": [5, 3, 16, 1], "one by one": [1] * len(ids)}
     for name, chunks in chunkings.items():
-        result = Parity.of(expected, engine_logits(bundle.root, [ids], chunks=chunks)[0])
+        result = Parity.of(expected, engine_logits(bundle.root, [ids], chunks=chunks, profile=args.profile)[0])
         passed = result.passed(numerics)
         failed += [] if passed else [name]
         print(
@@ -94,7 +99,8 @@ def run_parity(args: argparse.Namespace) -> int:
             f"{'ok' if passed else 'TOO FAR'}"
         )
     if failed:
-        raise EngineError(f"{bundle.bundle_id} ({numerics}) does not agree with the reference: {', '.join(failed)}")
+        what = f"{bundle.bundle_id} ({args.profile}, {numerics})"
+        raise EngineError(f"{what} does not agree with the reference: {', '.join(failed)}")
     return 0
 
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
+from graph_support import build_bundle
 
 from exporter import codec
 from exporter.checkpoint import Checkpoint
 from exporter.overlay import Overlay, OverlayWriter
+from exporter.presets import TINY
 from exporter.ranking import Ranking
+from exporter.sample import write_random
 from exporter.view import View
 from exporter.view_arguments import learned_cut
 
+# Three layers, one of each attention kind, one of them routed by token id: engines that load in a second. Four experts
+# a token: two terms give the same sum in either order.
+SHORT = dataclasses.replace(
+    TINY, num_hidden_layers=3, compress_ratios=(0, 4, 16), num_hash_layers=1, num_experts_per_tok=4
+)
 ROTATED = {"attn.wq_b": 64, "attn.wo_b": 32, "attn.wo_a": 128, "attn.wq_a": 0, "ffn.shared_experts.w2": 64}
+
+
+def short_checkpoint(folder: Path) -> Checkpoint:
+    """A random checkpoint of ``SHORT``."""
+    write_random(folder, SHORT)
+    return Checkpoint.open(folder)
 
 
 def random_ranking(base: Checkpoint, seed: int = 3) -> Ranking:
@@ -62,3 +78,27 @@ def cut_view(base: Checkpoint, keep: int, folder: Path, seed: int = 3) -> View:
     """Ranked at random, ``keep`` experts in learned layers, dense part and head quantized."""
     view = View(base, ranking=random_ranking(base, seed), experts_kept=learned_cut(base.config, keep))
     return view.over(quantized(view, folder))
+
+
+def write_plan(path: Path, view: View, profile: str, card: str = "atlas-350-112g") -> Path:
+    """A plan.json that ``build`` takes, for ``view``; its bytes are nobody's."""
+    kept = list(view.experts_kept)
+    plan = {
+        "format": 1, "id": profile, "card": {"id": card}, "context_tokens": 1024, "sequences": 1, "mode": "pruned",
+        "dense": "D4", "head": "fp8", "experts_kept": kept, "experts_resident": kept, "hash_layers": "full",
+        "bytes": {"device": {}, "headroom": 0, "host": {}, "kv": {}, "bundle": {}}, "bound": {"tokens_per_s": 1.0},
+        "gates": {}, "verdict": "a test", "assumptions": [], "source_sha256": view.source_sha256, "code": {},
+    }  # fmt: skip
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def build_profiles(checkpoint: Path, out: Path, folder: Path, profile: str = "small", **more: str) -> View:
+    """``solocard-export build`` of ``full`` and one cut, quantized ``profile``; → the profile's view."""
+    base = Checkpoint.open(checkpoint)
+    view = cut_view(base, base.config.n_routed_experts - 3, folder / "overlay")
+    view.ranking.write(folder / "ranking.json")
+    plan = write_plan(folder / "plan.json", view, profile)
+    ranking, with_overlay = str(folder / "ranking.json"), f"{plan},{folder / 'overlay'}"
+    build_bundle(checkpoint, out, ranking=ranking, profile=with_overlay, without_quality="a test", **more)
+    return view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from build_support import build  # noqa: E402
 from graph_support import run_calls, view_engine  # noqa: E402
-from view_support import cut_view, random_ranking, rotate_rows  # noqa: E402
+from view_support import cut_view, random_ranking, rotate_rows, short_checkpoint, write_plan  # noqa: E402
 
 from exporter import codec  # noqa: E402
+from exporter.__main__ import main  # noqa: E402
+from exporter.bundle_weights import BundleWeights  # noqa: E402
 from exporter.checkpoint import Checkpoint  # noqa: E402
 from exporter.parity import MAX_ERROR_F32, Parity  # noqa: E402
-from exporter.presets import TINY  # noqa: E402
-from exporter.reference import CheckpointWeights, Reference  # noqa: E402
-from exporter.sample import write_random  # noqa: E402
+from exporter.reference import Arrangement, CheckpointWeights, Reference  # noqa: E402
 from exporter.view import View  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -27,16 +28,8 @@ CALLS = {"prefill": [60], "ragged": [5, 3, 16, 2, 33, 1]}
 
 
 @pytest.fixture(scope="module")
-def base(tiny_checkpoint: Path) -> Checkpoint:
-    return Checkpoint.open(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Four experts a token: two terms give the same sum in either order, four do not."""
-    folder = tmp_path_factory.mktemp("four") / "checkpoint"
-    write_random(folder, dataclasses.replace(TINY, num_experts_per_tok=4))
-    return Checkpoint.open(folder)
+def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return short_checkpoint(tmp_path_factory.mktemp("short") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +53,17 @@ def floats(base: Checkpoint) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("switches", [{}, {"kv_sim": True}], ids=["float", "kv"])
-def test_ranked_and_whole_gives_the_same_bits(four: Checkpoint, switches: dict[str, bool]) -> None:
-    plain = Reference.from_checkpoint(four, **switches)
-    ranked = Reference.from_view(View(four, ranking=random_ranking(four)), **switches)
+def test_ranked_and_whole_gives_the_same_bits(base: Checkpoint, switches: dict[str, bool]) -> None:
+    plain = Reference.from_checkpoint(base, **switches)
+    ranked = Reference.from_view(View(base, ranking=random_ranking(base)), **switches)
     for name, calls in CALLS.items():
         assert np.abs(logits(ranked, calls) - logits(plain, calls)).max() == 0.0, name
 
 
-def test_ranked_without_its_arrangement_has_other_bits(four: Checkpoint) -> None:
-    view = View(four, ranking=random_ranking(four))
+def test_ranked_without_its_arrangement_has_other_bits(base: Checkpoint) -> None:
+    view = View(base, ranking=random_ranking(base))
     dropped = Reference(CheckpointWeights(view), view.config)
-    error = np.abs(logits(dropped, [60]) - logits(Reference.from_checkpoint(four), [60])).max()
+    error = np.abs(logits(dropped, [60]) - logits(Reference.from_checkpoint(base), [60])).max()
     assert 0 < error < 1e-3
 
 
@@ -129,3 +122,39 @@ def test_a_token_table_that_names_one_expert_twice_adds_both_terms(base: Checkpo
 def _swiglu(gate, up, limit):
     gate = gate.clamp(max=limit)
     return gate * torch.sigmoid(gate) * up.clamp(-limit, limit)
+
+
+@pytest.fixture(scope="module")
+def built(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, View]:
+    """A kv-f32 bundle of full and one cut profile without golden tokens, and the profile's view."""
+    folder = tmp_path_factory.mktemp("built")
+    view = cut_view(base, 5, folder / "overlay")
+    plan = write_plan(folder / "plan.json", view, "small")
+    profiles = [f"{plan},{folder / 'overlay'}"]
+    build(base.path, folder / "b", ranking=view.ranking, profiles=profiles, reason="a test", numerics="kv-f32")
+    return folder / "b", view
+
+
+def test_a_profile_is_read_back_from_its_graph_and_objects_alone(built: tuple[Path, View]) -> None:
+    bundle, view = built
+    weights = BundleWeights(bundle / "model.small.onnx", view.config)
+    assert weights.arrangement == Arrangement.of(view)
+    names = [n for n in view.names if not n.endswith(".scale") and not n.startswith("mtp.")]
+    assert sorted(weights) == sorted(names)
+    source = CheckpointWeights(view)
+    for name in names:
+        assert np.array_equal(weights[name], source[name]), name
+    full = BundleWeights(bundle / "model.onnx", view.config)
+    assert not full.arrangement.rotations
+    assert "layers.2.ffn.experts.7.w1.weight" in list(full)
+
+
+def test_parity_command_compares_one_profile(
+    built: tuple[Path, View], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["parity", str(built[0]), "--profile", "small", "--tokens", "40"]) == 0
+    errors = [float(text) for text in re.findall(r"logit\| (\S+),", capsys.readouterr().out)]
+    assert len(errors) == 3
+    assert max(errors) <= MAX_ERROR_F32
+    assert main(["parity", str(built[0]), "--profile", "big"]) == 2
+    assert "which has full, small" in capsys.readouterr().err
