@@ -29,6 +29,10 @@ from exporter.view_arguments import add_view_arguments, open_view
 
 NEVER = np.float32(-1e9)  # the router's bias of an empty expert
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_DRAFT_RULES = {
+    "kept": "kept, their own experts are as many as n_routed_experts", "none": "the source has none",
+    "dropped": "dropped, n_routed_experts is no longer the number of theirs (num_nextn_predict_layers 0)",
+}  # fmt: skip
 _EXPERT = re.compile(r"layers\.(\d+)\.ffn\.experts\.(\d+)\.")
 _GATE = re.compile(r"layers\.(\d+)\.ffn\.gate\.(weight|bias)")
 
@@ -42,7 +46,7 @@ class Written:
     disk_bytes: int
     experts: int  # n_routed_experts
     empty_experts: int  # in all layers
-    drafts_kept: bool
+    drafts: str  # "kept", "dropped", "none" where the source has none
 
 
 def add_command(commands: Any) -> None:
@@ -62,14 +66,8 @@ def run(args: argparse.Namespace) -> int:
         holes = written.size_bytes - written.disk_bytes
         print(f"{written.empty_experts} empty experts fill the shorter layers: {holes:,} bytes of zeros that no router")
         print(f"chooses, holes in the files: {written.disk_bytes:,} bytes on disk (copy: cp --sparse=always, rsync -S)")
-    print(f"draft stages (mtp.*) {'kept' if written.drafts_kept else 'not written'}: {_draft_rule(written)}")
+    print(f"draft stages (mtp.*): {_DRAFT_RULES[written.drafts]}")
     return 0
-
-
-def _draft_rule(written: Written) -> str:
-    if written.drafts_kept:
-        return "their own experts are as many as config.json says"
-    return "none there, or config.json's n_routed_experts is no longer theirs (num_nextn_predict_layers 0)"
 
 
 def write_student(view: View, out: Path, *, progress: bool = False) -> Written:
@@ -102,8 +100,10 @@ def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], student:
 
 
 def _finish(student: _Student, folder: Path) -> None:
-    """The index, config.json and the files beside the weights."""
+    """The index, config.json and the files beside the weights; what a kill left goes."""
     view = student.view
+    for torn in folder.glob("*.partial"):
+        torn.unlink()
     official.write_index(folder, student.files, inventory.size_bytes(student.entries))
     official.write_json(folder / "config.json", student.config_json())
     for name in SIDE_FILES:
@@ -132,12 +132,12 @@ class _Student:
         self.view = view
         config = view.config
         self.experts = max(view.experts_kept)
-        self.drafts = self.experts == config.n_routed_experts
         self.config = replace(config, n_routed_experts=self.experts)
         mtp, dspark = inventory.draft_of(view.base)
-        self._has_drafts = self.drafts and (mtp > 0 or dspark is not None)
+        whole = self.experts == config.n_routed_experts
+        self.drafts = "none" if mtp == 0 and dspark is None else "kept" if whole else "dropped"
         self.entries = inventory.expected_tensors(self.config)
-        if self._has_drafts:
+        if self.drafts == "kept":
             drafts = (name for name in view.base.names if name.startswith(inventory.EXTRA_PREFIX))
             self.entries |= {name: (view.info(name).shape, view.info(name).dtype) for name in drafts}
         self.files = official.shard_files(self.entries)
@@ -235,7 +235,7 @@ class _Student:
     def config_json(self) -> dict[str, Any]:
         """The source's config.json with the experts kept; without draft stages where they are not written."""
         raw = {**self.view.raw_config, "n_routed_experts": self.experts, "expert_dtype": "fp4"}
-        if self._has_drafts:
+        if self.drafts == "kept":
             return raw
         layers = self.config.num_hidden_layers
         raw = {key: value for key, value in raw.items() if not key.startswith("dspark_")}
@@ -244,4 +244,4 @@ class _Student:
     def written(self) -> Written:
         empty = sum(self.experts - kept for kept in self.view.experts_kept)
         size = inventory.size_bytes(self.entries)
-        return Written(len(self.entries), size, self.disk_bytes, self.experts, empty, self._has_drafts)
+        return Written(len(self.entries), size, self.disk_bytes, self.experts, empty, self.drafts)

@@ -9,12 +9,14 @@ from collections import Counter
 
 import pytest
 import yaml
+from student_support import fp8_head, overlaid, random_fp4_linears
 
 from appliance.errors import CheckpointError, SpaceError, UsageError
 from appliance.manifest import Manifest
 from exporter import inventory, official, spec
 from exporter.__main__ import main
 from exporter.checkpoint import Checkpoint
+from exporter.object_plan import base_plans, profile_plans
 from exporter.plan import card as cards
 from exporter.plan import command
 from exporter.plan.bound import bound, kv_read_bytes
@@ -25,6 +27,7 @@ from exporter.plan.report import BAR_CHARS, bar, gigabytes
 from exporter.plan.weights import weights_of
 from exporter.presets import TINY, V4_FLASH
 from exporter.safetensors_file import write_streamed
+from exporter.view import View
 from exporter.view_arguments import planned_experts
 
 EXPERT = 13_369_344  # bytes of one expert of the real model (V4 spec)
@@ -225,6 +228,9 @@ def test_bandwidth_bound_by_hand(weights, known):
         budget = fit(weights[dense, "fp8"], card, ask)
         limit = bound(weights[dense, "fp8"], card, budget, 1)
         assert limit.expert_bytes == 6 * 43 * EXPERT
+        tables = 3 * 129280 * 6 * 8  # of tid2eid a token reads one row
+        assert limit.dense_bytes == sum(budget.device[kind] for kind in KINDS if kind in budget.device
+                                        and kind not in ("routed", "embed", "draft")) - tables  # fmt: skip
         read = limit.expert_bytes + limit.dense_bytes + limit.kv_bytes
         assert limit.tokens_per_s == limit.tokens_per_s_all_hits == pytest.approx(1.4e12 / read)
         rates[dense] = limit.tokens_per_s
@@ -387,6 +393,17 @@ def test_the_bundle_is_as_large_as_planned(tiny_checkpoint, tiny_bundle, tmp_pat
     assert plan.bundle_bytes["profile objects"] == 0
     small = sum(p.stat().st_size for p in tiny_bundle.rglob("*") if p.is_file() and "objects" not in p.parts)
     assert small < plan.bundle_bytes["small files (allowance)"]
+
+
+def test_profile_objects_are_those_build_plans(tiny_checkpoint, tmp_path):
+    """Attention, the indexer's query and shared experts in MXFP4, an FP8 head: what `build` adds for them."""
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    plan = make_plan(checkpoint, cards.load(str(tiny_card(tmp_path, 10**9))), Ask(4096, keep=5))
+    whole = View(checkpoint)
+    cut = View(checkpoint, experts_kept=plan.experts_kept)
+    cut = overlaid(cut, tmp_path / "d4", [*random_fp4_linears(cut), *fp8_head(cut)])
+    assert plan.bundle_bytes["base objects"] == sum(entry.size_bytes for entry in base_plans(whole))
+    assert plan.bundle_bytes["profile objects"] == sum(entry.size_bytes for entry in profile_plans(cut, plan.id))
 
 
 def test_the_command_on_the_real_model(preview, tmp_path, capsys):

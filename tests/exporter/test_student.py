@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def files(folder):
 
 def test_a_plain_view_is_the_checkpoint_again(base, tmp_path, capsys):
     assert main(["student", str(base.path), str(tmp_path / "out")]) == 0
-    assert "draft stages (mtp.*) kept" in capsys.readouterr().out
+    assert "draft stages (mtp.*): kept" in capsys.readouterr().out
     again = Checkpoint.open(tmp_path / "out")
     assert set(again.names) == set(base.names)
     for name in base.names:
@@ -56,7 +57,7 @@ def test_shorter_layers_are_filled_with_experts_no_router_chooses(base, ranking,
     found = Checkpoint.open(tmp_path / "out")
     inventory.check(found)
     assert found.config == TINY
-    assert (written.experts, written.empty_experts, written.drafts_kept) == (8, 12, True)
+    assert (written.experts, written.empty_experts, written.drafts) == (8, 12, "kept")
     for name in view.names:
         if not re.search(r"ffn\.gate\.(weight|bias)", name):
             assert found.read(name).tobytes() == view.read(name).tobytes(), name
@@ -96,7 +97,7 @@ def test_all_layers_cut_give_fewer_experts_and_no_drafts(tmp_path, capsys):
         found = Checkpoint.open(tmp_path / f"{draft}-out")
         inventory.check(found)
         assert found.config.n_routed_experts == CUT
-        assert (written.empty_experts, written.drafts_kept, inventory.draft_of(found)) == (0, False, (0, None))
+        assert (written.empty_experts, written.drafts, inventory.draft_of(found)) == (0, "dropped", (0, None))
         assert found.raw_config["num_nextn_predict_layers"] == 0
         assert len(found.raw_config["compress_ratios"]) == 7
         assert not [key for key in found.raw_config if key.startswith("dspark")]
@@ -108,7 +109,7 @@ def test_dspark_stages_are_kept_with_their_experts(tmp_path):
     base = Checkpoint.open(tmp_path / "source")
     written = write_student(View(base, experts_kept=KEPT), tmp_path / "out")
     found = Checkpoint.open(tmp_path / "out")
-    assert written.drafts_kept
+    assert written.drafts == "kept"
     assert inventory.draft_of(found) == (0, inventory.DSpark())
     assert found.raw_config == base.raw_config
     for name in ("mtp.0.main_proj.weight", "mtp.2.markov_head.markov_w1.weight", "mtp.1.ffn.experts.7.w2.weight"):
@@ -174,6 +175,19 @@ def test_stopped_at_any_shard_it_goes_on_to_the_same_bytes(base, ranking, tmp_pa
     assert len(shards) == len(set(shards)) == 10  # embed, 7 layers, head, MTP: each written once
 
 
+def test_what_a_kill_leaves_is_overwritten(base, tmp_path):
+    view = View(base)
+    write_student(view, tmp_path / "whole")
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    for name in ("recipe.json", "model-00001-of-00010.safetensors", "config.json"):
+        shutil.copy(tmp_path / "whole" / name, partial / name)
+    for name in ("model-00002-of-00010.safetensors.partial", "recipe.json.partial"):
+        (partial / name).write_bytes(b"torn")
+    write_student(view, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_another_view_does_not_go_on_where_one_stopped(base, tmp_path, monkeypatch):
     def fail(path, entries, source):
         raise OSError(28, "No space left on device")
@@ -190,8 +204,8 @@ def test_a_folder_in_use_and_a_full_disk(base, tmp_path, monkeypatch):
     (tmp_path / "used/file").touch()
     with pytest.raises(UsageError, match="used is not empty"):
         write_student(View(base), tmp_path / "used")
-    usage = student.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(student.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(SpaceError, match=r"needs 4,136,586 bytes more and 1,000,000 are free"):
         write_student(View(base), tmp_path / "out")
 
