@@ -16,7 +16,7 @@ from appliance.manifest import graph_file
 from appliance.model import MAX_PROFILES
 from appliance.wire import FULL
 from exporter.checkpoint import Checkpoint
-from exporter.evaluate.gates import kind_of
+from exporter.evaluate.gates import Gate, kind_of
 from exporter.evaluate.quality import Quality
 from exporter.overlay import Overlay
 from exporter.plan.plan import Plan
@@ -143,10 +143,10 @@ def _with_quality(profiles: Sequence[BuildProfile], paths: Sequence[Path]) -> li
 def _check_gates(path: Path, quality: Quality, profile: BuildProfile) -> None:
     planned = profile.plan.gates if profile.plan is not None else {}
     for gate in quality.gates:
-        if gate.name in planned and gate.bound != planned[gate.name]:
+        if gate.name in planned and _is_looser(gate, planned[gate.name]):
             raise UsageError(
                 f"{path}: gate {gate.name}: judged by the bound {gate.bound}, {profile.id} is planned with "
-                f"{planned[gate.name]}; evaluate with --plan"
+                f"{planned[gate.name]}; evaluate with --plan and no looser --gate"
             )
         if not gate.passed and not gate.waived:
             side, measured = kind_of(gate.name).side, "nothing" if gate.measured is None else gate.measured
@@ -155,6 +155,10 @@ def _check_gates(path: Path, quality: Quality, profile: BuildProfile) -> None:
                 f"{gate.bound}; train or keep more, or let a person waive it with "
                 f"`solocard-export evaluate --waive {gate.name}=REASON`"
             )
+
+
+def _is_looser(gate: Gate, planned: float) -> bool:
+    return gate.bound > planned if kind_of(gate.name).side == "at most" else gate.bound < planned
 
 
 def _judged(profile: BuildProfile, reason: str | None) -> BuildProfile:

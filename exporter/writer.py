@@ -15,16 +15,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from appliance.bundle_writer import BundleWriter
 from appliance.errors import BundleError, SpaceError
 from appliance.manifest import MAX_OBJECT_BYTES, ObjectEntry, object_path
-from exporter.checkpoint import Checkpoint
 from exporter.graph import StoredTensor
 from exporter.journal import Journal
 from exporter.object_copy import ObjectCopy, journaled_chunks
-from exporter.object_plan import ObjectPlan, base_plans
+from exporter.object_plan import ObjectPlan
 from exporter.record_io import read_back
-from exporter.view import View
 
 Report = Callable[[str, int], None]  # (what was written, its bytes)
 
@@ -139,24 +136,3 @@ def kept_bytes(*folders: Path) -> int:
 def stored(plan: ObjectPlan, entry: ObjectEntry) -> StoredTensor:
     """The graph's reference to a whole object."""
     return StoredTensor(plan.tensor, plan.dtype, plan.shape, entry.path, 0, plan.size_bytes)
-
-
-def write_weights(source: Checkpoint | View, bundle: BundleWriter, report: Report) -> dict[str, StoredTensor]:
-    """The whole model's objects without a journal, for bundles of a moment; answers where each lies, by name."""
-    view = source if isinstance(source, View) else View(source)
-    plans, unfinished = base_plans(view), bundle.out / "unfinished"
-    unfinished.mkdir()
-    journal = Journal(unfinished / "journal.jsonl", "")
-    try:
-        entries = ObjectWriter(bundle.out, unfinished, journal, report=report).write(plans)
-    finally:
-        journal.close()
-    shutil.rmtree(unfinished)
-    for entry in entries.values():
-        bundle.adopt(entry)
-    return {plan.tensor: stored(plan, entries[plan.key]) for plan in plans}
-
-
-def stored_bytes(view: View) -> int:
-    """Bytes the objects of the whole model take together."""
-    return sum(plan.size_bytes for plan in base_plans(view))
