@@ -87,7 +87,8 @@ def _described(profile: BuildProfile) -> str:
     if quality is None:
         return f"{experts} experts a layer, quality not measured: {profile.without_quality}"
     waived = f", waived: {', '.join(quality.waived_gates)}" if quality.waived_gates else ""
-    return f"{experts} experts a layer, quality gates passed{waived}"
+    looser = "".join(f", gate {name} by a looser bound: {text}" for name, text in profile.loosened().items())
+    return f"{experts} experts a layer, quality gates passed{waived}{looser}"
 
 
 def check_numerics(config: ModelConfig, numerics: str) -> None:
