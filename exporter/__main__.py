@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from appliance.errors import SolocardError
 from exporter import build, parity, pipeline, rank, sample, signing, student
+from exporter.distill import command as distill
 from exporter.evaluate import command as evaluate
 from exporter.observe import command as observe
 from exporter.plan import command as plan
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_commands(commands)
     observe.add_command(commands)
     rank.add_command(commands)
+    distill.add_command(commands)
     quantize.add_command(commands)
     pipeline.add_command(commands)
     parity.add_commands(commands)
