@@ -44,7 +44,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="full contexts held at once (default: 1)")
     parser.add_argument("--keep", type=int, metavar="K", help="experts kept a layer (default: as many as fit)")
     parser.add_argument("--hash-layers", choices=HASH_RULES, default="auto", help="layers routed by token id")
-    parser.add_argument("--id", metavar="NAME", help="the profile's id (default: CARD-CONTEXT)")
+    parser.add_argument("--id", metavar="NAME", help="the profile's id (default: CARD-CONTEXT[-tiered])")
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="refuse if this disk cannot take the bundle")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write plan.json")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")

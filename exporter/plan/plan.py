@@ -124,7 +124,7 @@ def make_plan(
     """The plan for one device of ``card``. SpaceError with the bytes needed where nothing fits."""
     weights = weights_of(checkpoint, dense, head)
     budget = fit(weights, card, ask)
-    name = plan_id or f"{card.id}-{context_name(ask.context_tokens)}"
+    name = plan_id or f"{card.id}-{context_name(ask.context_tokens)}{'-tiered' if ask.mode == 'tiered' else ''}"
     if not _ID.fullmatch(name):
         raise UsageError(f"--id {name}: expected {_ID.pattern}")
     pruned = min(budget.experts_kept) < weights.config.n_routed_experts

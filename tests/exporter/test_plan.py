@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -352,6 +353,16 @@ def test_a_toy_card_keeps_five_of_eight(tiny_checkpoint, tmp_path, capsys):
     assert plan.gates["kl_mean"] == 0.05
     one_less = tiny_card(tmp_path, memory - 1)
     assert make_plan(Checkpoint.open(tiny_checkpoint), cards.load(str(one_less)), Ask(4096)).experts_kept[-1] == 4
+
+
+def test_the_sample_model_on_its_imaginary_card(tmp_path):
+    folder = Path(__file__).parents[2] / "packaging/sample-model"
+    checkpoint = Checkpoint.open(folder / "checkpoint")
+    plan = make_plan(checkpoint, cards.load(str(folder / "card.yaml")), Ask(4096))
+    half = checkpoint.config.n_routed_experts // 2
+    hashed = checkpoint.config.num_hash_layers
+    assert plan.experts_kept == (2 * half,) * hashed + (half,) * (checkpoint.config.num_hidden_layers - hashed)
+    assert plan.id == "sample-5mb-4k"
 
 
 def test_gates_of_a_whole_and_of_a_pruned_model(tiny_checkpoint, tmp_path):
