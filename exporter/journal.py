@@ -6,6 +6,7 @@ never been written. Nothing here is trusted for the bytes: a restart hashes them
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -59,7 +60,9 @@ class Journal:
         line = {"kind": kind, "key": key, "recipe": self._recipe, **entry}
         text = canonical(line)
         with self._writing:
-            os.write(self._fd, _check(text) + b" " + text + b"\n")
+            data = _check(text) + b" " + text + b"\n"
+            if os.write(self._fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._written += 1
             mine = self._written
             self._take(line)

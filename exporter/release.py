@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from exporter.progress import Progress
 from exporter.provenance import provenance, source_digest
 from exporter.stage import RECIPE, StageFolder, code_version, digest
 from exporter.view import View
-from exporter.writer import ObjectWriter, kept_bytes, stored
+from exporter.writer import ObjectWriter, disk_error, kept_bytes, stored
 
 JOURNAL = "journal.jsonl"
 SPARE_BYTES = 64 << 20  # for graphs, small files and the file system
@@ -90,17 +91,18 @@ def write_bundle(
     _check_out(out, partial)
     provenance(release.base_view, release.profiles, {"read_sha256": "0" * 64})  # too long is known before the work
     plans, recipe = release.plans(), release.recipe()
-    check_space(out, sum(plan.size_bytes for plan in plans) - kept_bytes(partial))
-    (partial / f"{RECIPE}.partial").unlink(missing_ok=True)
-    StageFolder(partial, recipe)
-    journal = Journal(partial / JOURNAL, digest(recipe))
+    total_bytes = sum(plan.size_bytes for plan in plans)
+    check_space(out, total_bytes - kept_bytes(partial))
     try:
-        manifest = _Bundling(release, partial, journal, workers, find).run(plans)
-    finally:
-        journal.close()
-    (partial / "bundle").rename(out)
-    sync_directory(out.resolve().parent)
-    shutil.rmtree(partial)
+        (partial / f"{RECIPE}.partial").unlink(missing_ok=True)
+        StageFolder(partial, recipe)
+        with closing(Journal(partial / JOURNAL, digest(recipe))) as journal:
+            manifest = _Bundling(release, partial, journal, workers, find).run(plans)
+        (partial / "bundle").rename(out)
+        sync_directory(out.resolve().parent)
+        shutil.rmtree(partial)
+    except OSError as error:
+        raise disk_error(error, partial, total_bytes) from None
     return manifest
 
 

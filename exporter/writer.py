@@ -45,7 +45,7 @@ class ObjectWriter:
         unfinished.mkdir(exist_ok=True)
 
     def write(self, plans: Sequence[ObjectPlan]) -> dict[str, ObjectEntry]:
-        """Every object, by key. SpaceError, CheckpointError: what was written stays and is found by the next run."""
+        """Every object, by key. CheckpointError or OSError: what was written stays and is found by the next run."""
         largest_first = sorted(plans, key=lambda plan: (-plan.size_bytes, plan.key))
         futures: dict[str, Future[ObjectEntry]] = {}
         with ThreadPoolExecutor(self._workers, "object") as pool:
@@ -58,8 +58,6 @@ class ObjectWriter:
                     pool.shutdown(wait=False, cancel_futures=True)
         errors = [future.exception() for future in futures.values() if not future.cancelled()]
         shown = next((error for error in errors if error is not None and not isinstance(error, Stopped)), None)
-        if isinstance(shown, OSError):
-            raise self._named(shown, plans) from shown
         if shown is not None:
             raise shown
         return {key: future.result() for key, future in futures.items()}
@@ -115,21 +113,21 @@ class ObjectWriter:
         if self._stop.is_set():
             raise Stopped
 
-    def _named(self, error: OSError, plans: Sequence[ObjectPlan]) -> BundleError | SpaceError:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return BundleError(
-                f"{self._bundle}: writing failed ({error.strerror}); start the same build again to go on"
-            )
-        needed = sum(plan.size_bytes for plan in plans) - kept_bytes(self._bundle, self._unfinished)
-        free = shutil.disk_usage(self._bundle).free
-        return SpaceError(
-            f"{self._bundle}: the disk is full: {max(needed, 0):,} more bytes are needed, {free:,} are free; what is "
-            "written is kept: free some and start the same build again"
-        )
+
+def disk_error(error: OSError, folder: Path, total_bytes: int) -> BundleError | SpaceError:
+    """What stopped a build that writes ``total_bytes`` of objects below ``folder``: nothing of it is lost."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return BundleError(f"{folder}: writing failed ({error.strerror}); start the same build again to go on")
+    needed, free = total_bytes - kept_bytes(folder), shutil.disk_usage(folder.parent).free
+    return SpaceError(
+        f"{folder}: the disk is full: {max(needed, 0):,} more bytes are needed, {free:,} are free; what is written is "
+        "kept: free some and start the same build again"
+    )
 
 
-def kept_bytes(*folders: Path) -> int:
-    """Bytes of all files below ``folders``."""
+def kept_bytes(partial: Path) -> int:
+    """Bytes of objects, whole and unfinished, that an earlier run left below ``partial``."""
+    folders = (partial / "bundle" / "objects", partial / "unfinished")
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 

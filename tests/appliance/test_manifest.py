@@ -180,3 +180,22 @@ def test_a_small_file_longer_than_the_read_buffer_comes_back_whole(tmp_path):
     data = b"".join(hashlib.sha256(data[i : i + 32] + i.to_bytes(4)).digest() for i in range(0, len(data), 32))
     (tmp_path / "model.onnx").write_bytes(data)
     assert Tree(tmp_path).read("model.onnx", len(data)) == data
+
+
+def test_an_object_of_one_record_is_hashed_once(tmp_path, monkeypatch):
+    hashed = []
+
+    class Counting:
+        def __init__(self, data=b""):
+            self._hash = hashlib.sha256(data)
+            self.hexdigest = self._hash.hexdigest
+
+        def update(self, data):
+            hashed.append(len(data))
+            self._hash.update(data)
+
+    monkeypatch.setattr("appliance.bundle_writer.hashlib", type("H", (), {"sha256": Counting}))
+    writer = BundleWriter(tmp_path / "b")
+    entry = writer.add_object([b"x" * 5000] * 3)
+    assert (sum(hashed), entry.sha256) == (15_000, entry.chunks[0].sha256)
+    assert entry.sha256 == hashlib.sha256(b"x" * 15_000).hexdigest()

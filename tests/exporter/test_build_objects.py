@@ -22,7 +22,9 @@ from build_support import (
 
 from appliance.errors import CheckpointError, UsageError
 from exporter.__main__ import main as export
+from exporter.build import choose_encoding
 from exporter.checkpoint import Checkpoint
+from exporter.inventory import DSpark
 from exporter.object_plan import experts_plan
 from exporter.ops.moe import record_bytes
 from exporter.presets import SLICE
@@ -123,6 +125,19 @@ def test_provenance_names_what_was_read_and_what_was_left_out(checkpoint, rankin
         assert manifest.provenance["dropped"] == {"tensors": len(dropped), "bytes": sum(dropped)}
     assert manifests[1].provenance["ranking"]["sha256"] == ranking.sha256
     assert str(tmp_path) not in json.dumps(manifests[1].provenance)
+
+
+def test_the_0731_refresh_is_built_without_its_draft_stages(tmp_path):
+    write_random(tmp_path / "c", SMALL, 5, dspark=DSpark())
+    base = Checkpoint.open(tmp_path / "c")
+    assert choose_encoding(base, None) == "dsv4-0731"
+    with pytest.raises(UsageError, match="holds DSpark tensors"):
+        choose_encoding(base, "dsv4-0424")
+    manifest = build(tmp_path / "c", tmp_path / "b")
+    drafts = {name: data for name, data in tensor_bytes(tmp_path / "c").items() if name.startswith("mtp.")}
+    assert manifest.provenance["dropped"] == {"tensors": len(drafts), "bytes": sum(map(len, drafts.values()))}
+    plain = build(small_checkpoint(tmp_path / "p"), tmp_path / "q")
+    assert {o.sha256 for o in manifest.objects} == {o.sha256 for o in plain.objects}  # the backbone is the same
 
 
 def test_a_short_source_file_is_named(checkpoint, tmp_path):

@@ -228,10 +228,27 @@ def test_a_full_disk_leaves_what_was_written(checkpoint, undisturbed, tmp_path, 
         with pytest.raises(SpaceError, match=r"full: [\d,]+ more bytes are needed, [\d,]+ are free") as caught:
             build(checkpoint, tmp_path / "b", workers=2)
     needed = int(re.search(r"([\d,]+) more bytes", str(caught.value))[1].replace(",", ""))
-    kept = sum(len(d) for n, d in files_of(tmp_path / "b.partial").items() if n.startswith(("bundle", "unfinished")))
+    written = files_of(tmp_path / "b.partial")
+    kept = sum(len(data) for name, data in written.items() if name.startswith(("bundle/objects", "unfinished")))
     total = sum(len(data) for name, data in undisturbed.items() if name.startswith("objects"))
     assert kept > 0
     assert 0 <= needed - (total - kept) < 100  # small tensors of equal bytes are stored once and counted twice
+    build(checkpoint, tmp_path / "b")
+    assert files_of(tmp_path / "b") == undisturbed
+
+
+def test_a_disk_that_fills_at_any_small_write_is_one_line(checkpoint, undisturbed, tmp_path, monkeypatch):
+    """Journal, recipe, graph and manifest are written elsewhere than objects."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    places = "exporter.stage.write_synced", "exporter.journal.os.fdatasync", "appliance.bundle_writer.write_synced"
+    for name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(SpaceError, match="free some and start"):
+                build(checkpoint, tmp_path / "b")
     build(checkpoint, tmp_path / "b")
     assert files_of(tmp_path / "b") == undisturbed
 
