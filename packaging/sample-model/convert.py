@@ -69,12 +69,24 @@ def load(folder: Path) -> model.SampleModel:
     return load_view(View(Checkpoint.open(folder)))
 
 
+@torch.no_grad()
+def average(state: dict[str, Any], start: Path, mix: float) -> None:
+    """The trained weights become (1 − mix) of those they began with and mix of their own."""
+    before = dict(load(start).named_parameters())
+    for name, trained in state["masters"].items():
+        state["masters"][name] = torch.lerp(before[name].detach(), trained, mix)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder with state.pt and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--start", type=Path, help="checkpoint the training state began with, to average with")
+    parser.add_argument("--mix", type=float, default=1.0, help="share of the trained weights in that average")
     args = parser.parse_args()
     state = torch.load(args.work / "state.pt")
+    if args.start:
+        average(state, args.start, args.mix)
     tokenizer = json.loads((args.work / "tokenizer.json").read_text("utf-8"))
     config = parse_config(RAW_CONFIG, "config of the sample model")
     size_bytes = official.write_checkpoint(args.out, config, StateTensors(state), mtp=0, tokenizer=tokenizer)
