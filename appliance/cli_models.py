@@ -17,6 +17,7 @@ from appliance.roots import trusted_root
 from appliance.server_link import ServerDownError, read_status, server_pid
 from appliance.state import State
 from appliance.store import Installed, Pool
+from appliance.wire import FULL
 
 
 def install(args: argparse.Namespace, out: Output) -> int:
@@ -94,7 +95,8 @@ def status(args: argparse.Namespace, out: Output) -> int:
     else:
         data["server"] = server.to_dict()
         lines += [
-            f"server:    {server.state}, serves {server.bundle_id} on {server.device} ({server.backend})",
+            f"server:    {server.state}, serves {server.bundle_id}{_served_profile(server.profile)} on {server.device} "
+            f"({server.backend})",
             f"           {server.running} running, {server.queued} of {server.queue_depth} waiting, "
             f"{server.requests_total:,} requests since start, up {server.uptime_s:.0f} s",
         ]
@@ -130,6 +132,10 @@ def _row(item: Installed, state: State) -> dict[str, Any]:
 def _profiles(row: dict[str, Any]) -> str:
     """The profiles besides full, for those who have to choose one."""
     return f"  profiles {', '.join(row['profiles'])}" if len(row["profiles"]) > 1 else ""
+
+
+def _served_profile(profile: str) -> str:
+    return "" if profile in ("", FULL) else f", profile {profile},"
 
 
 def _mark(row: dict[str, Any]) -> str:

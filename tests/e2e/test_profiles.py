@@ -28,17 +28,17 @@ class Story:
         self.outcome = machine.told("install", stick)
         self.listed = machine.told("list")["bundles"]
         self.client = machine.client(machine.new_key())
-        for step, profile in (("small", "small"), ("full", "full"), ("small again", "small")):
-            self.serve(step, profile)
+        self.serve("small")
+        self.serve("full", "--profile", "full")
+        self.serve("small again")
 
     def choose(self, profile: str) -> None:
         config = self.machine.home / "config.yaml"
         text = re.sub(r"engine:\n.*\n", "", config.read_text())
         config.write_text(f"{text}engine:\n  profile: {profile}\n")
 
-    def serve(self, step: str, profile: str) -> None:
-        self.choose(profile)
-        self.machine.start()
+    def serve(self, step: str, *options: str) -> None:
+        self.machine.start(module=("runtime", "serve", *options))
         self.health[step] = self.machine.health()
         request_id = step.replace(" ", "-")
         self.answers[step] = complete(self.client, long_prompt("p"), request_id=request_id)

@@ -9,6 +9,7 @@ from ui_support import STATUS, FakeAdmin, admin_server, assert_golden, console, 
 
 from appliance.wire import KvStatus, Status
 from ui.backend import ReplayBackend
+from ui.screens.overview import identity_rows
 from ui.strings.en import EN
 from ui.widgets.notes import note_lines
 
@@ -123,3 +124,11 @@ def test_notes_are_whole_or_counted() -> None:
     notes = ("one", "two", "three")
     assert note_lines(notes, 40, 3, EN) == ["- one", "- two", "- three"]
     assert note_lines(notes, 40, 2, EN) == ["- one", EN.notes_more.format(count=2)]
+
+
+def test_a_profile_other_than_the_whole_model_stands_beside_the_bundle() -> None:
+    shown = [
+        dict(identity_rows(Status(bundle_id="b-1", profile=profile), EN))[EN.bundle]
+        for profile in ("", "full", "small")
+    ]  # fmt: skip
+    assert shown == ["b-1", "b-1", "b-1, small"]

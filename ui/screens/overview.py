@@ -8,7 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Static
 
-from appliance.wire import KvStatus, Status
+from appliance.wire import FULL, KvStatus, Status
 from ui.actions import bindings
 from ui.command import Command
 from ui.format import byte_size, count, duration, percent, printable, share
@@ -105,12 +105,17 @@ def identity_rows(status: Status, strings: Strings) -> list[tuple[str, str]]:
     context = strings.tokens.format(count=count(status.context_tokens))
     return [
         (strings.model, f"{status.model} {status.version}".strip()),
-        (strings.bundle, status.bundle_id),
+        (strings.bundle, served_bundle(status)),
         (strings.device, f"{status.device}: {status.backend}" if status.backend else status.device),
         (strings.encoding, strings.encoding_line.format(encoding=status.encoding, numerics=status.numerics)),
         (strings.context, context),
         (strings.uptime, duration(status.uptime_s)),
     ]
+
+
+def served_bundle(status: Status) -> str:
+    """The bundle, and its profile where that is not the whole model."""
+    return status.bundle_id if status.profile in ("", FULL) else f"{status.bundle_id}, {status.profile}"
 
 
 def load_rows(status: Status, strings: Strings) -> list[tuple[str, str]]:
