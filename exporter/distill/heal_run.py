@@ -48,6 +48,9 @@ def heal(view: View, texts: Sequence[Text], out: Path, work: Path, options: Heal
     UsageError if nothing is cut, or an overlay of ``view`` has changed what healing compares.
     """
     cut = cut_layers(view)
+    tokens, least = sum(len(text.ids) for text in texts), HELD_EVERY * HELD_BLOCK_TOKENS
+    if len(texts) < HELD_EVERY and tokens < least:
+        raise UsageError(f"heal: {tokens} tokens in {len(texts)} texts leave none to hold out; give {least} or more")
     writer = OverlayWriter(out, "heal", view.recipe_sha256, {**asdict(options), "sequences": len(texts)})
     if (out / OVERLAY).is_file():
         return Overlay.open(out)
