@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,18 +149,10 @@ def stages(args: argparse.Namespace, experts: int, work: Path) -> Iterator[Stage
         laid = [word for overlay in overlays for word in ("--overlay", str(overlay))]
         return (checkpoint, "--ranking", str(ranking), "--plan", str(plan_file), *laid)
 
-    pruned = min(plan.experts_kept) < experts
-    for stage in _recovery(args, work, view, (*texts, *limit, *device), pruned=pruned):
+    for stage in _dense_and_recovery(args, work, view, min(plan.experts_kept) < experts):
         yield stage
         if stage.name != "teacher":
             overlays.append(stage.out)
-    if args.dense == "d4" or args.head == "fp8":
-        method = () if args.quantize == "rtn" or args.dense == "d8" else (f"--{args.quantize}",)
-        yield Stage("quantize", (
-            "quantize", *view(), "--stats", str(work / "stats"), "--dense", args.dense, "--head", args.head, *method,
-            "--out", str(work / "quantized"),
-        ), work / "quantized")  # fmt: skip
-        overlays.append(work / "quantized")
     judged = [word for name in ("gate", "waive") for value in getattr(args, name) for word in (f"--{name}", value)]
     yield Stage("evaluate", (
         "evaluate", *view(), "--texts", str(args.evaluation or args.texts), *limit, *device, *judged,
@@ -173,22 +165,31 @@ def stages(args: argparse.Namespace, experts: int, work: Path) -> Iterator[Stage
     ), args.out)  # fmt: skip
 
 
-def _recovery(
-    args: argparse.Namespace, work: Path, view: Callable[[], tuple[str, ...]], common: Sequence[str], *, pruned: bool
+def _dense_and_recovery(
+    args: argparse.Namespace, work: Path, view: Callable[[], tuple[str, ...]], pruned: bool
 ) -> Iterator[Stage]:
-    """What makes up for the cut; healing has nothing to do where no expert is cut."""
-    if args.recover == "none" or (args.recover == "heal" and not pruned):
-        return
-    if args.recover == "heal":
-        out = work / "heal"
-        yield Stage("heal", ("distill", "heal", *view(), *common, "--out", str(out)), out)
-        return
-    teacher, out = work / "teacher", work / args.recover
-    yield Stage("teacher", ("distill", "teacher", str(args.checkpoint), *common, "--out", str(teacher)), teacher)
-    yield Stage(args.recover, (
-        "distill", args.recover, *view(), "--teacher", str(teacher), *_given(args, "steps"), "--device", args.device,
-        "--out", str(out),
-    ), out)  # fmt: skip
+    """Healing before the dense part is rounded; router training after it, to make up for that, too; QAD rounds the
+    dense part itself and leaves the head. Healing has nothing to do where no expert is cut."""
+    common = ("--texts", str(args.texts), *_given(args, "max_tokens"), "--device", args.device)
+    if args.recover == "heal" and pruned:
+        yield _overlay("heal", ("distill", "heal", *view(), *common), work)
+    if args.recover in ("router", "qad"):
+        out = work / "teacher"
+        yield Stage("teacher", ("distill", "teacher", str(args.checkpoint), *common, "--out", str(out)), out)
+    train = (*_given(args, "steps"), "--texts", str(args.texts), "--teacher", str(work / "teacher"), *common[-2:])
+    if args.recover == "qad":
+        yield _overlay("qad", ("distill", "qad", *view(), "--dense", args.dense, *train), work)
+    dense = "d8" if args.recover == "qad" else args.dense
+    if dense == "d4" or args.head == "fp8":
+        method = () if args.quantize == "rtn" or dense == "d8" else (f"--{args.quantize}",)
+        formats = ("--stats", str(work / "stats"), "--dense", dense, "--head", args.head, *method)
+        yield _overlay("quantized", ("quantize", *view(), *formats), work)
+    if args.recover == "router":
+        yield _overlay("router", ("distill", "router", *view(), *train), work)
+
+
+def _overlay(name: str, words: tuple[str, ...], work: Path) -> Stage:
+    return Stage(name, (*words, "--out", str(work / name)), work / name)
 
 
 def _given(args: argparse.Namespace, *options: str) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def test_it_stops_where_a_stage_fails_and_goes_on_there(tmp_path, tiny_checkpoin
     options = ["--keep", "6", "--recover", "none"]
     assert make(tmp_path, tiny_checkpoint, card, *options) == 7
     assert [words[0] for words in ran] == ["plan", "observe", "rank"]
-    assert "make stopped at quantize (exit 7); mend that and run the same make again" in capsys.readouterr().err
+    assert "make stopped at quantized (exit 7); mend that and run the same make again" in capsys.readouterr().err
     assert make(tmp_path, tiny_checkpoint, card, *options) == 1
     assert [words[0] for words in ran] == ["plan", "observe", "rank", "quantize"]
     assert "a gate failed: keep more experts" in capsys.readouterr().err
@@ -147,3 +147,22 @@ def test_cut_hash_layers_bring_their_overlay(tmp_path, tiny_checkpoint, card, ra
     assert f"--overlay-out {work}/hash --plan {work}/plan.json" in by_name["rank"]
     assert f"--overlay {work}/hash --stats" in by_name["quantize"]
     assert f"--profile {work}/plan.json,{work}/hash,{work}/quantized" in by_name["build"]
+
+
+@pytest.mark.parametrize(("recover", "order"), [
+    ("heal", ["heal", "quantized"]), ("router", ["quantized", "router"]), ("qad", ["qad", "quantized"]),
+])  # fmt: skip
+def test_recovery_lies_where_it_belongs(tmp_path, tiny_checkpoint, card, ran, recover, order):
+    options = ["--keep", "6", "--recover", recover, *(["--steps", "7"] if recover != "heal" else [])]
+    assert make(tmp_path, tiny_checkpoint, card, *options) == 0
+    work = tmp_path / "bundle.stages"
+    profile = ran[-1][ran[-1].index("--profile") + 1]
+    assert profile.split(",") == [str(work / name) for name in ("plan.json", *order)]
+    trained = next(words for words in ran if words[:2] == ["distill", recover])
+    laid = [trained[at + 1] for at, word in enumerate(trained) if word == "--overlay"]
+    assert laid == [str(work / name) for name in order[: order.index(recover)]]
+    if recover != "heal":
+        assert trained[trained.index("--teacher") + 1] == str(work / "teacher")
+        assert trained[trained.index("--steps") + 1] == "7"
+    quantize = next(words for words in ran if words[0] == "quantize")
+    assert quantize[quantize.index("--dense") + 1] == ("d8" if recover == "qad" else "d4")
