@@ -113,7 +113,7 @@ def test_experts_of_a_preset_can_be_replaced(tmp_path, capsys):
 
 
 def test_one_tensor_in_memory_at_a_time(tmp_path):
-    config = dataclasses.replace(TINY, n_routed_experts=64, hidden_size=256, moe_intermediate_size=256)
+    config = dataclasses.replace(TINY, n_routed_experts=16, hidden_size=256, moe_intermediate_size=256)
     largest = max(inventory.size_bytes({n: e}) for n, e in inventory.expected_tensors(config).items())
     sample_tokenizer.build(config.vocab_size)
     tracemalloc.start()
