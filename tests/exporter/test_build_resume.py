@@ -71,7 +71,7 @@ def kill_at_line(monkeypatch, number: int, mode: str) -> None:
     monkeypatch.setattr(Journal, "append", dying)
 
 
-@pytest.mark.parametrize("mode", ["torn", "after"])
+@pytest.mark.parametrize("mode", ["torn", pytest.param("after", marks=pytest.mark.slow)])
 def test_killed_at_every_line_of_the_journal(checkpoint, undisturbed, tmp_path, monkeypatch, mode):
     """One more line each run, so that every boundary is one at which a run ended and another began."""
     out, runs = tmp_path / "b", 0
