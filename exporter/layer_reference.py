@@ -7,6 +7,7 @@ each expert is dequantised once a batch.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from appliance.errors import UsageError
 from exporter import codec
 from exporter import reference_math as ops
 from exporter.checkpoint import dequantize
+from exporter.codec import WEIGHT_BLOCK
 from exporter.reference import Reference
 from exporter.reference_state import LayerState, Trace, new_layer
 from exporter.reference_weights import Arrangement
@@ -26,6 +28,7 @@ from exporter.view import View
 DEVICES = ("cpu", "cuda", "npu")
 SCORE_ELEMENTS = 1 << 24  # attention scores [rows, heads, keys] of one step: 64 MiB
 MAX_STEP_ROWS = 256
+DEQUANTIZED_ROWS = 4096  # a multiple of WEIGHT_BLOCK
 
 Stored = tuple[TensorInfo, NDArray[Any]]
 
@@ -123,9 +126,25 @@ class LayerReference(Reference):
         if not self.view.has(name):
             raise KeyError(name)
         integer = self.view.info(name).dtype == "I64"
-        array = self.view.read(name) if integer else self.view.float32(name)
+        array = self.view.read(name) if integer else self._dense_f32(name)
         self._tensors[name] = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return self._tensors[name]
+
+    def _dense_f32(self, name: str) -> NDArray[np.float32]:
+        """``name`` as f32, large matrices some rows at a time: the head's 2 GB are not needed twice."""
+        info = self.view.info(name)
+        if len(info.shape) != 2 or info.dtype not in ("BF16", "F8_E4M3", "I8"):
+            return self.view.float32(name)
+        raw, found = self.view.read(name), np.empty(_values_shape(info), np.float32)
+        scale = f"{name.removesuffix('.weight')}.scale"
+        scaled = None if info.dtype == "BF16" else (self.view.info(scale), self.view.read(scale))
+        for at in range(0, len(raw), DEQUANTIZED_ROWS):
+            rows = slice(at, at + DEQUANTIZED_ROWS)
+            part = _rows(info, raw, rows)
+            per_row = info.dtype == "I8"
+            scales = rows if per_row else slice(at // WEIGHT_BLOCK, -(-(at + len(part[1])) // WEIGHT_BLOCK))
+            found[rows] = dequantize(*part, None if scaled is None else _rows(*scaled, scales))
+        return found
 
     def _expert_f32(self, name: str) -> NDArray[np.float32]:
         info, raw = self._store(name)
@@ -155,6 +174,16 @@ def open_device(name: str) -> torch.device:
     if not module.is_available():
         raise UsageError(f"--device {name}: torch finds none on this machine; use --device cpu")
     return torch.device(name)
+
+
+def _rows(info: TensorInfo, raw: NDArray[Any], rows: slice) -> Stored:
+    part = raw[rows]
+    return replace(info, shape=part.shape), part
+
+
+def _values_shape(info: TensorInfo) -> tuple[int, int]:
+    rows, columns = info.shape
+    return rows, columns * (2 if info.dtype == "I8" else 1)
 
 
 def _steps(rows: torch.Tensor) -> list[torch.Tensor]:

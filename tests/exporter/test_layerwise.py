@@ -129,6 +129,18 @@ def test_only_one_layer_is_held(view: View, tmp_path: Path) -> None:
     assert held == [{f"layers.{layer}"} for layer in range(7)]
 
 
+@pytest.mark.parametrize("rows", [128, 4096])
+def test_weights_are_the_views(view: View, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """FP8, FP4, BF16 and F32, made f32 some rows at a time."""
+    monkeypatch.setattr(layer_reference, "DEQUANTIZED_ROWS", rows)
+    reference = LayerReference(view)
+    for name in ("head.weight", "layers.2.attn.wq_b.weight", "layers.2.attn.wo_a.weight", "layers.2.hc_ffn_fn",
+                 "layers.2.attn.wkv.weight", "layers.2.ffn.experts.3.w1.weight", "norm.weight"):
+        assert reference._w(name).numpy().tobytes() == view.float32(name).tobytes()
+    name = "layers.2.ffn.experts.3.w2.weight"  # FP4 as a dense linear is after quantize
+    assert reference._dense_f32(name).tobytes() == view.float32(name).tobytes()
+
+
 def test_split_covers_every_token_once() -> None:
     batches = split(SEQUENCES, 64)
     assert [batch.tokens for batch in batches[:-1]] == [64] * (len(batches) - 1)
