@@ -239,7 +239,8 @@ def page(args: argparse.Namespace) -> str:
         tokens=f"{int(t['tokens']):,}", minutes=f"{t['minutes']:.0f}", cpu_minutes=f"{t['cpu_minutes']:.0f}",
         bits_rows="\n".join(bits_rows),
         contexts=f"{yardstick.contexts:,}", states=f"{yardstick.states:,}", score_rows="\n".join(score_rows),
-        seen_aim=reached[0], unseen_aim=reached[1], fresh_aim=reached[2], facts=len(facts), top1=f"{100 * top1:.2f}", error=f"{error:.4f}",
+        seen_aim=reached[0], unseen_aim=reached[1], fresh_aim=reached[2], facts=len(facts),
+        top1=f"{100 * top1:.2f}", error=f"{error:.4f}",
         probe_tokens=sum(map(len, prompts)), engine=engine, examples=examples(shown),
     )
 
