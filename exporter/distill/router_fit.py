@@ -21,7 +21,7 @@ PATIENCE = 8  # checks without a better held-out error
 BATCH_TOKENS = 2048
 GATE_RATE = 0.02  # of the router's root mean square
 BIAS_RATE = 0.005
-SOFT = 0.2  # width of the soft choice that gradients see, in scores
+SOFT = 0.05  # width of the soft choice that gradients see, in scores
 
 
 @dataclass(frozen=True, slots=True)
