@@ -76,8 +76,9 @@ def main() -> None:
                 kl.append((np.exp(p) * (p - q)).sum(-1))
                 same.append(p.argmax(-1) == q.argmax(-1))
             every = np.concatenate(kl)
-            print(f"| {label} | {every.mean():.4f} | {np.quantile(every, 0.99):.3f} | {np.concatenate(same).mean():.3f} "
-                  f"| {spent_s:.1f} |", flush=True)
+            top1 = np.concatenate(same).mean()
+            print(f"| {label} | {every.mean():.4f} | {np.quantile(every, 0.99):.3f} | {top1:.3f} | {spent_s:.1f} |",
+                  flush=True)
 
 
 if __name__ == "__main__":
