@@ -306,6 +306,12 @@ logit difference {error} | |
 """
 
 
+def distillation(before: str) -> str:
+    """The section that distill.py wrote, to be kept; "" where there is none."""
+    found = re.search(r"<!-- distillation: begin -->.*<!-- distillation: end -->", before, re.DOTALL)
+    return f"\n{found[0]}\n" if found else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="folder with the .rst.txt files")
@@ -316,7 +322,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.docs and args.books:
-        args.out.write_text(page(args), "utf-8")
+        before = args.out.read_text("utf-8") if args.out.is_file() else ""
+        args.out.write_text(page(args) + distillation(before), "utf-8")
         return
     if not args.bundle:
         parser.error("give --docs and --books, or --bundle")
