@@ -37,7 +37,6 @@ ROWS = {
     "gptq-act": ("GPTQ, act-order", Method("gptq", act_order=True), True, False),
     "mr-32": ("MR-GPTQ, block 32", Method("mr-gptq", 32), True, False),
     "mr-64": ("MR-GPTQ, block 64", Method("mr-gptq", 64), True, False),
-    "mr-128": ("MR-GPTQ, block 128", Method("mr-gptq", 128), True, False),
     "gptq-head": ("GPTQ, head FP8", Method("gptq"), True, True),
 }
 

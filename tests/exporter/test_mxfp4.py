@@ -253,7 +253,7 @@ def test_int8_refuses_what_has_no_exact_form():
 def test_a_hair_beside_a_midpoint_is_no_tie():
     """Floats that differ from a midpoint in one bit of 23 round to the nearer neighbour."""
     for midpoint in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0):
-        bits = np.float32(midpoint).view(np.uint32)
+        bits = int(np.float32(midpoint).view(np.uint32))
         near = np.array([bits + sign * (1 << k) for k in range(20) for sign in (1, -1)], np.uint32).view(np.float32)
         for x in np.concatenate((near, -near, [midpoint, -midpoint])).astype(np.float32):
             assert nearest_code(int(mxfp4.encode(x[None])[0])) == nearest(float(x))
