@@ -160,6 +160,26 @@ def test_damage_of_what_was_written_is_found_and_mended(checkpoint, undisturbed,
     assert files_of(half.with_name("b")) == undisturbed
 
 
+@pytest.mark.parametrize("record", [0, 1, 2])
+def test_a_flipped_byte_in_an_unfinished_object_costs_the_records_from_there_on(
+    checkpoint, undisturbed, tmp_path, monkeypatch, record
+):
+    with monkeypatch.context() as patch:
+        kill_at_line(patch, 5, "after")  # embedding, head, three of the four experts of a layer
+        assert killed_build(checkpoint, tmp_path / "b")
+    (path,) = (tmp_path / "b.partial" / "unfinished").glob("*experts")
+    data = bytearray(path.read_bytes())
+    assert len(data) % 3 == 0
+    data[record * len(data) // 3 + 100] ^= 4
+    path.write_bytes(data)
+    written = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(at) or pwrite(fd, data, at))
+    build(checkpoint, tmp_path / "b")
+    assert written[0] == record * len(data) // 3
+    assert files_of(tmp_path / "b") == undisturbed
+
+
 def test_a_damaged_or_torn_journal_costs_work_never_the_result(checkpoint, undisturbed, half):
     draw, path = random.Random(2), half / "journal.jsonl"
     data = bytearray(path.read_bytes())
