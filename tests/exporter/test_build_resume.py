@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-from build_support import a_release, build, files_of, small_checkpoint
+from build_support import SMALL, a_release, build, files_of, small_checkpoint
 
 from appliance.errors import BusyError, SpaceError, UsageError
 from appliance.model import Golden
 from exporter.graph import build_graph
 from exporter.journal import Journal
+from exporter.ops.moe import record_bytes
 from exporter.release import write_bundle
 from exporter.stage import code_version
 
@@ -169,14 +170,15 @@ def test_a_flipped_byte_in_an_unfinished_object_costs_the_records_from_there_on(
         assert killed_build(checkpoint, tmp_path / "b")
     (path,) = (tmp_path / "b.partial" / "unfinished").glob("*experts")
     data = bytearray(path.read_bytes())
-    assert len(data) % 3 == 0
-    data[record * len(data) // 3 + 100] ^= 4
+    size_bytes = record_bytes(SMALL.hidden_size, SMALL.moe_intermediate_size)
+    assert len(data) >= 3 * size_bytes
+    data[record * size_bytes + 100] ^= 4
     path.write_bytes(data)
     written = []
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(at) or pwrite(fd, data, at))
     build(checkpoint, tmp_path / "b")
-    assert written[0] == record * len(data) // 3
+    assert written[0] == record * size_bytes
     assert files_of(tmp_path / "b") == undisturbed
 
 
