@@ -67,7 +67,8 @@ class Bench:
         code = subprocess.run([sys.executable, "-m", "exporter", *line], env=environment, check=False).returncode
         if code not in codes:
             raise SystemExit(f"distill.py: {line[0]} ended with exit code {code}")
-        write_json(self.work / SECONDS, self._seconds() | {done.parent.name: round(time.monotonic() - started_s, 1)})
+        name = (done if done.parent == self.work else done.parent).name
+        write_json(self.work / SECONDS, self._seconds() | {name: round(time.monotonic() - started_s, 1)})
 
     def _seconds(self) -> dict[str, float]:
         path = self.work / SECONDS
