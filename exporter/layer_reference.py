@@ -46,6 +46,10 @@ class LayerReference(Reference):
     def release(self) -> None:
         """Forget every weight read so far."""
         self._tensors.clear()
+        self.release_stored()
+
+    def release_stored(self) -> None:
+        """Forget the experts' bytes, to be read again when needed."""
         self._stored.clear()
 
     def begin_batch(self, sequence_of: torch.Tensor) -> None:

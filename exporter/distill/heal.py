@@ -27,7 +27,7 @@ def add_command(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens of the file")
     parser.add_argument(
-        "--fit-tokens", type=int, default=65536, metavar="N", help="most tokens one layer is fitted on (default: 65536)"
+        "--fit-tokens", type=int, default=32768, metavar="N", help="most tokens one layer is fitted on (default: 32768)"
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="streams between layers (default: OUT.work)")
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu", help="where to compute")

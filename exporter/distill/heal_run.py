@@ -38,7 +38,7 @@ class HealOptions:
     texts_sha256: str
     stats_sha256: str = ""
     inputs: Inputs = "student"
-    fit_tokens: int = 65536
+    fit_tokens: int = 32768
     device: str = "cpu"
 
 
@@ -124,6 +124,7 @@ class _Heal:
                 self._store(layer, batch, streams)
             else:
                 _save(self._middle(batch), streams)
+        self._teacher.release_stored()  # fitting needs no expert, and room for its tokens
         train, held = look.parts()
         after = fit(before, train, held, self._student.config)
         errors = [look.true_error(router) for router in (before, after)]
