@@ -136,9 +136,9 @@ class Reference:
         """What the official code casts to BF16."""
         return x.to(torch.bfloat16).to(torch.float32) if self.act_sim else x
 
-    def _norm(self, x: torch.Tensor, name: str | None) -> torch.Tensor:
-        """RMSNorm with the weight ``name`` (None: without)."""
-        return self._cast(ops.rms_norm(x, None if name is None else self._w(f"{name}.weight"), self._eps))
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """RMSNorm with the weight ``name``."""
+        return self._cast(ops.rms_norm(x, self._w(f"{name}.weight"), self._eps))
 
     def _rope(self, x: torch.Tensor, table: Table) -> torch.Tensor:
         return self._cast(ops.rope(x, table))
@@ -189,7 +189,7 @@ class Reference:
         table = ops.rope_tables(frequency, positions)
         latent = self._norm(self._linear(f"{name}.wq_a", x), f"{name}.q_norm")
         query = self._linear(f"{name}.wq_b", latent).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        query = self._rope(self._norm(query, None), table)
+        query = self._rope(ops.head_norm(query, self._eps, self._cast), table)
         kv = self._norm(self._linear(f"{name}.wkv", x), f"{name}.kv_norm")
         state.window.append(*self._stored_row(self._rope(kv, table)))
         age = positions[:, None] - (state.window.first + torch.arange(len(state.window.values)))
@@ -197,7 +197,7 @@ class Reference:
         if state.compressor is not None:
             entries, chosen = self._compressed(name, layer, x, latent, table, state, positions, frequency, trace)
             keys, allowed = torch.cat((keys, entries)), torch.cat((allowed, chosen), dim=1)
-        out = self._cast(ops.attend(query, keys, allowed, self._w(f"{name}.attn_sink")))
+        out = self._cast(ops.attend(query, keys, allowed, self._w(f"{name}.attn_sink"), self._cast))
         if not keep_all:
             state.window.keep_last(c.sliding_window)
         groups = self._cast(ops.unrope(out, table)).reshape(n, c.o_groups, -1)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
+
+Cast = Callable[[torch.Tensor], torch.Tensor]  # identity, or the round to BF16 of the official code
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x · rsqrt(mean(x²) + eps) over the last axis, times ``weight`` if there is one."""
     scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return scaled if weight is None else scaled * weight
+
+
+def head_norm(query: torch.Tensor, eps: float, cast: Cast) -> torch.Tensor:
+    """query [n, H, d] · rsqrt(mean(q²) + eps) per head; ``cast`` after each step, as the official code runs it."""
+    mean = cast(cast(query.square()).mean(-1, keepdim=True))
+    return cast(query * cast(torch.rsqrt(cast(mean + eps))))
 
 
 def rope_tables(frequency: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,18 +86,20 @@ def hc_post(y: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: to
 
 
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor, sink: torch.Tensor
-) -> torch.Tensor:
+    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor, sink: torch.Tensor,
+    cast: Cast,
+) -> torch.Tensor:  # fmt: skip
     """query [n, H, d], shared keys = values [K, d], allowed bool [n, K], sink [H] to [n, H, d].
 
-    Softmax of q·k·d^-0.5 over the allowed keys, with exp(sink) added to the denominator.
+    Softmax of q·k·d^-0.5 over the allowed keys, with exp(sink) added to the denominator. ``cast`` is applied to
+    exp(score − max) before it meets the values (the official kernel multiplies in BF16, and sums in fp32 uncast).
     """
     scores = torch.einsum("nhd,kd->nhk", query, keys) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(~allowed[:, None], float("-inf"))
     largest = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - largest)
     total = weights.sum(-1, keepdim=True) + torch.exp(sink[None, :, None] - largest)
-    return torch.einsum("nhk,kd->nhd", weights / total, keys)
+    return torch.einsum("nhk,kd->nhd", cast(weights) / total, keys)
 
 
 def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,10 @@ def shared_expert_not_clamped(patch, config):
 
 
 def no_sink(patch, config):
-    patch.setattr(ops, "attend", lambda q, k, allowed, sink: TRUE["attend"](q, k, allowed, sink - float("inf")))
+    def without(q, k, allowed, sink, cast):
+        return TRUE["attend"](q, k, allowed, sink - float("inf"), cast)
+
+    patch.setattr(ops, "attend", without)
 
 
 def no_inverse_rope(patch, config):

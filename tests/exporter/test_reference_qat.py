@@ -18,7 +18,7 @@ from exporter.reference import Reference, Trace  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-LIMIT = 0.03  # mean |Δ| / mean |ref| of a block's output, V4 spec: parity levels
+LIMIT = 0.01  # mean |Δ| / mean |ref| of a block; the V4 spec asks for 0.03, measured: 1e-7 to 7e-3
 OTHER_EXPERT = 0.1  # a token's relative error above it means another expert set
 TIE = 2e-3  # router scores closer than this may order either way after BF16 roundings
 SWITCHES = {"act_sim": True, "kv_sim": True}
