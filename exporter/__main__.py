@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ checks:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error is one line on stderr and its class's exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin cost five times the work
     parser = argparse.ArgumentParser(
         prog="solocard-export", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
