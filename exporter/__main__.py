@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
-from appliance.errors import SolocardError
+from appliance.errors import SolocardError, SpaceError, UsageError
 from exporter import build, parity, pipeline, rank, sample, signing, student
 from exporter.distill import command as distill
 from exporter.evaluate import command as evaluate
@@ -49,13 +50,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     signing.add_commands(commands)
     args = parser.parse_args(argv)
     try:
-        return int(args.func(args))
+        code = int(args.func(args))
+        sys.stdout.flush()
+        return code
     except SolocardError as error:
-        print(f"solocard: {error}", file=sys.stderr)
-        return error.exit_code
+        return _refused(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _refused(_path_error(error, args.command))
     except KeyboardInterrupt:
         print("solocard: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _refused(error: SolocardError) -> int:
+    print(f"solocard: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _path_error(error: OSError, command: str) -> SolocardError:
+    """A full disk, a folder where a file belongs, a file where a folder belongs, a folder nobody may write."""
+    where, what = error.filename2 or error.filename or command, error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SpaceError(f"{where}: {what}; free some space and run the same command again")
+    return UsageError(f"{where}: {what}; name another path, or mend its kind or permissions, and run it again")
 
 
 if __name__ == "__main__":

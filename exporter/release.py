@@ -28,7 +28,7 @@ from exporter.journal import Journal
 from exporter.object_plan import ObjectPlan, base_plans, profile_plans
 from exporter.progress import Progress
 from exporter.provenance import provenance, source_digest
-from exporter.stage import RECIPE, StageFolder, code_version, digest
+from exporter.stage import RECIPE, StageFolder, code_version, digest, partial_folder
 from exporter.view import View
 from exporter.writer import ObjectWriter, disk_error, kept_bytes, stored
 
@@ -87,7 +87,7 @@ def write_bundle(
 
     SpaceError tells the bytes missing. ``find`` may give no golden tokens at all, for benchmarks of the writing alone.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_folder(out)
     _check_out(out, partial)
     provenance(release.base_view, release.profiles, {"read_sha256": "0" * 64})  # too long is known before the work
     plans, recipe = release.plans(), release.recipe()

@@ -59,6 +59,13 @@ class StageFolder:
         return digest(value)
 
 
+def partial_folder(out: Path) -> Path:
+    """``OUT.partial``, where a folder is made that appears by one rename. UsageError for "." and "/"."""
+    if not out.name:
+        raise UsageError(f"{out} is no name for a new folder; name one")
+    return out.with_name(out.name + ".partial")
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """``write(temporary)`` then fsync, rename to ``path``, fsync of the folder. SpaceError when the disk is full."""
     partial = path.with_name(path.name + ".partial")

@@ -23,7 +23,7 @@ from exporter import inventory, official
 from exporter.exact_cast import BLOCK, fp8_to_bf16, mxfp4_to_fp8
 from exporter.progress import Progress
 from exporter.safetensors_file import Piece, write_streamed
-from exporter.stage import StageFolder, write_atomic
+from exporter.stage import StageFolder, partial_folder, write_atomic
 from exporter.view import View
 from exporter.view_arguments import add_view_arguments, open_view
 
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
 def write_student(view: View, out: Path, *, progress: bool = False) -> Written:
     """Write ``view`` to the new folder ``out``. CheckpointError or UsageError names a tensor without an exact form."""
     official.check_empty(out)
+    partial = partial_folder(out)
     student = _Student(view)
     student.check()
-    partial = out.with_name(out.name + ".partial")
     _check_space(out, student.disk_bytes - _done_bytes(partial))
     folder = StageFolder(partial, {"stage": "student", "format": 1, "view_sha256": view.recipe_sha256})
     shown = Progress("student", student.disk_bytes) if progress else None
