@@ -52,8 +52,9 @@ class Bench:
 
     work: Path
     checkpoint: Path
-    calibration: Path
+    calibration: Path  # observed
     evaluation: Path
+    training: Path  # healed and trained on
 
     def command(self, *words: object, done: Path, codes: Sequence[int] = (0,)) -> None:
         """Run one command unless ``done`` is there; its seconds go into seconds.json under the folder's name."""
@@ -93,10 +94,10 @@ class Bench:
         return out
 
     def teacher(self) -> Path:
-        """What the teacher says on the calibration texts, for every training."""
+        """What the teacher says on the training texts, for every training."""
         out = self.work / "teacher"
         self.command(
-            "distill", "teacher", self.checkpoint, "--texts", self.calibration, "--out", out,
+            "distill", "teacher", self.checkpoint, "--texts", self.training, "--out", out,
             done=out / "teacher.json",
         )  # fmt: skip
         return out
@@ -141,7 +142,7 @@ def d4_rows(bench: Bench) -> list[Row]:
 def recovery_rows(bench: Bench, steps: int) -> list[Row]:
     """REAP cut and D4: before recovery and after each of its kinds. The first row is the one to compare with."""
     view, stats = bench.rank("reap-mean"), ["--stats", bench.work / "stats", "--head", "bf16"]
-    texts = ["--texts", bench.calibration]
+    texts = ["--texts", bench.training]
     plain = bench.overlay("cut-d4", ["quantize", *view], *stats)
     rows = [bench.row("cut + D4, no recovery", "cut-d4", laid(view, plain), plain)]
     heal = bench.overlay("heal", ["distill", "heal", *view], *texts)
@@ -157,7 +158,7 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
 
 def whole_row(bench: Bench, steps: int) -> Row:
     """Nothing cut: D4 and QAD."""
-    train = ["--texts", bench.calibration, "--teacher", bench.teacher(), "--steps", steps]
+    train = ["--texts", bench.training, "--teacher", bench.teacher(), "--steps", steps]
     qad = bench.overlay("qad-whole", ["distill", "qad", bench.checkpoint], *train)
     return bench.row(f"nothing cut, D4 with QAD, {steps} steps", "qad-whole", laid([bench.checkpoint], qad), qad)
 
@@ -212,8 +213,8 @@ def domain_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, missed: Sequence[Aim]) -> str:
-    """The marked block of the page."""
+def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, training: str) -> str:
+    """The marked block of the page; ``training`` names the file that was trained on."""
     found = aims(cut, d4, recovery)
     tokens = cut[0].metrics["total"]["tokens"]
     lines = [
@@ -221,8 +222,8 @@ def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, miss
         "Written by `packaging/sample-model/distill.py`; do not edit. Half of the experts of each learned layer are "
         f"cut ({KEEP} of 16 kept; the layer routed by token id stays whole), attention and shared experts go from FP8 "
         "to MXFP4 (\"D4\"); kept experts stay as they are unless QAD trains them. KL(teacher ‖ student) in nats over "
-        f"{tokens:,} tokens of `evaluation.jsonl`; observed and trained on `calibration.jsonl`. Seconds: the stages "
-        "of that row, one thread of a busy machine.", "",
+        f"{tokens:,} tokens of `evaluation.jsonl`; observed on `calibration.jsonl`, trained on `{training}`. Seconds: "
+        "the stages of that row, one thread of a busy machine.", "",
         "| aim | measured | bound | |", "|---|---|---|---|",
         *(f"| {a.text} | {a.measured:.4f} | {'≤' if a.at_most else '≥'} {a.bound:g} | "
           f"{'reached' if a.reached else '**not reached**'} |" for a in found),
@@ -230,7 +231,6 @@ def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, miss
         "", "### D4 alone (no expert cut)", "", *table(d4),
         "", "### Cut, D4, recovery", "", *table([*recovery, whole]), "", *domain_table([*recovery, whole]), END,
     ]  # fmt: skip
-    assert [a for a in found if not a.reached] == list(missed)
     return "\n".join(lines)
 
 
@@ -245,19 +245,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the stages; run again, it goes on")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--training", type=Path, default=HERE / "calibration.jsonl", help="texts of heal, router, QAD")
     parser.add_argument("--steps", type=int, default=150, help="of router KD and QAD (default: 150)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.work, args.checkpoint, HERE / "calibration.jsonl", HERE / "evaluation.jsonl")
+    texts = (HERE / "calibration.jsonl", HERE / "evaluation.jsonl", args.training)
+    bench = Bench(args.work, args.checkpoint, *texts)
     bench.observe("--hessian", 4096)
     cut, d4 = cut_rows(bench), d4_rows(bench)
     recovery, whole = recovery_rows(bench, args.steps), whole_row(bench, args.steps)
-    missed = [aim for aim in aims(cut, d4, recovery) if not aim.reached]
-    args.page.write_text(replaced(args.page.read_text("utf-8"), section(cut, d4, recovery, whole, missed)), "utf-8")
-    for aim in aims(cut, d4, recovery):
+    block = section(cut, d4, recovery, whole, args.training.name)
+    args.page.write_text(replaced(args.page.read_text("utf-8"), block), "utf-8")
+    found = aims(cut, d4, recovery)
+    for aim in found:
         print(f"{'reached' if aim.reached else 'NOT REACHED':12} {aim.text}: {aim.measured:.4f} ({aim.bound:g})")
-    return 1 if missed else 0
+    return 0 if all(aim.reached for aim in found) else 1
 
 
 if __name__ == "__main__":
