@@ -97,6 +97,8 @@ def _opened(base: Checkpoint, ranking: Ranking | None, path: Path, overlays: Seq
     _check_formats(path, plan, view)
     for layer in range(base.config.num_hash_layers):
         view.read(f"layers.{layer}.ffn.gate.tid2eid")  # refuses experts that tokens are routed to and that were cut
+    for overlay in view.overlays:
+        overlay.check_bytes()
     return BuildProfile(plan.id, str(plan.card.get("id", "")), view, plan)
 
 

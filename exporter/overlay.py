@@ -7,6 +7,7 @@ are named by rank; a tensor's dtype tells its format (I8 = packed FP4, E8M0 sibl
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from appliance.errors import CheckpointError
+from exporter.ops.linear import ROTATIONS
 from exporter.safetensors_file import TensorInfo, read_header
 from exporter.stage import StageFolder, digest, read_json
 
@@ -32,21 +34,57 @@ class Overlay:
     tensors: Mapping[str, TensorInfo]
     sha256: str
     recipe: Mapping[str, Any]
+    shards: Mapping[Path, str]  # SHA-256 of each file, as listed; see check_bytes
 
     @staticmethod
     def open(path: Path) -> Overlay:
         """Read ``overlay.json`` and the shards' headers; CheckpointError names file and field."""
-        raw = read_json(path / OVERLAY)
-        if raw.get("format") != 1 or not isinstance(raw.get("files"), list):
-            raise CheckpointError(f"{path / OVERLAY}: not an overlay of format 1; run the stage that makes it")
+        raw = {"rotated": {}, **read_json(path / OVERLAY)}
+        _check(raw, path / OVERLAY)
         tensors: dict[str, TensorInfo] = {}
+        shards: dict[Path, str] = {}
         for entry in raw["files"]:
-            shard = path / Path(str(entry["name"])).name
+            shard = path / Path(entry["name"]).name
             if not shard.is_file() or shard.stat().st_size != entry["size_bytes"]:
                 raise CheckpointError(f"{shard}: missing or not {entry['size_bytes']:,} bytes; run the stage again")
             tensors |= {info.name: info for info in read_header(shard)}
-        rotated = {str(name): int(block) for name, block in raw.get("rotated", {}).items()}
-        return Overlay(path, str(raw["stage"]), str(raw["base_sha256"]), rotated, tensors, digest(raw), raw["recipe"])
+            shards[shard] = entry["sha256"]
+        return Overlay(
+            path, raw["stage"], raw["base_sha256"], raw["rotated"], tensors, digest(raw), raw["recipe"], shards
+        )  # fmt: skip
+
+    def check_bytes(self) -> None:
+        """Hash every shard; CheckpointError names the one whose bytes are not those that were written."""
+        for shard, sha256 in self.shards.items():
+            with shard.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if found != sha256:
+                raise CheckpointError(
+                    f"{shard}: damaged (SHA-256 is {found[:12]}…, {OVERLAY} lists {sha256[:12]}…); run the stage again "
+                    "into a new folder"
+                )
+
+
+def _check(raw: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError names the field of ``path`` that no stage writes so."""
+    if raw.get("format") != 1:
+        raise CheckpointError(f"{path}: format {raw.get('format')!r:.60}, expected 1; run the stage that makes it")
+    for field, kind in {"stage": str, "base_sha256": str, "recipe": dict, "files": list, "rotated": dict}.items():
+        if not isinstance(raw.get(field), kind):
+            raise CheckpointError(
+                f"{path}: {field}: found {raw.get(field)!r:.60}, expected a {kind.__name__}; run the stage again"
+            )
+    for entry in raw["files"]:
+        fields = entry if isinstance(entry, dict) else {}
+        kinds = [type(fields.get(field)) for field in ("name", "size_bytes", "sha256")]
+        if kinds != [str, int, str]:
+            raise CheckpointError(f"{path}: files: {entry!r:.80}: not name, size_bytes and sha256; run the stage again")
+    for linear, block in raw["rotated"].items():
+        if type(block) is not int or block not in ROTATIONS:
+            raise CheckpointError(
+                f"{path}: rotated: {linear} by {block!r:.20}, expected one of {ROTATIONS}; run the stage again"
+            )
 
 
 class OverlayWriter:

@@ -41,10 +41,14 @@ class Ranking:
         if not isinstance(layers, list) or not all(isinstance(o, list) for o in layers):
             raise CheckpointError(f"{path}: layers: expected a list of lists of expert ids")
         for layer, order in enumerate(layers):
-            if sorted(map(str, order)) != sorted(map(str, range(len(order)))):
+            if not all(type(expert) is int for expert in order) or sorted(order) != list(range(len(order))):
                 raise CheckpointError(f"{path}: layers[{layer}] is no permutation of 0 … {len(order) - 1}")
-        orders = tuple(tuple(int(e) for e in order) for order in layers)
-        return Ranking(str(raw["source_sha256"]), str(raw["score"]), orders, str(raw.get("stats_sha256", "")))
+        texts = {"stats_sha256": "", **raw}
+        for field in ("source_sha256", "score", "stats_sha256"):
+            if not isinstance(texts.get(field), str):
+                raise CheckpointError(f"{path}: {field}: found {texts.get(field)!r:.60}, expected text; rank again")
+        orders = tuple(tuple(order) for order in layers)
+        return Ranking(texts["source_sha256"], texts["score"], orders, texts["stats_sha256"])
 
     def write(self, path: Path) -> None:
         write_json(path, self.to_dict())

@@ -76,6 +76,8 @@ def write_student(view: View, out: Path, *, progress: bool = False) -> Written:
     partial = partial_folder(out)
     student = _Student(view)
     student.check()
+    for overlay in view.overlays:
+        overlay.check_bytes()
     _check_space(out, student.disk_bytes - _done_bytes(partial))
     folder = StageFolder(partial, {"stage": "student", "format": 1, "view_sha256": view.recipe_sha256})
     shown = Progress("student", student.disk_bytes) if progress else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -212,6 +213,16 @@ def test_wrong_profiles_are_named(parts, tmp_path):
     with pytest.raises(CheckpointError, match="tid2eid: some tokens are routed to experts beyond the 5 kept"):
         built(parts, tmp_path / "b", profiles=[str(tmp_path / "cut.json")])
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_a_damaged_overlay_is_refused_before_anything_is_written(parts, tmp_path):
+    folder, *_ = parts
+    shutil.copytree(folder / "quantized", tmp_path / "worn")
+    shard = tmp_path / "worn" / "layer_001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"layer_001\.safetensors: damaged \(SHA-256"):
+        built(parts, tmp_path / "b", profiles=[f"{folder / 'plan.json'},{tmp_path / 'worn'}"])
+    assert not (tmp_path / "b.partial").exists()
 
 
 def test_a_resumed_build_of_another_profile_is_refused_by_name(parts, tmp_path, monkeypatch):

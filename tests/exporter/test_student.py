@@ -129,6 +129,15 @@ def test_fp4_linears_and_an_fp8_head_keep_their_values(base, ranking, tmp_path):
         assert np.array_equal(found.float32(name), view.float32(name)), name
 
 
+def test_a_damaged_overlay_is_refused_before_anything_is_written(base, tmp_path):
+    view = overlaid(View(base), tmp_path / "d4", random_fp4_linears(View(base)))
+    shard = next((tmp_path / "d4").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"safetensors: damaged \(SHA-256"):
+        write_student(view, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_what_has_no_exact_official_form_is_named(base, tmp_path):
     view = View(base)
     far = overlaid(view, tmp_path / "far", random_fp4_linears(view, spread=40))

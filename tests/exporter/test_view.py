@@ -1,5 +1,6 @@
 """The view: rank order, cut and overlays over a checkpoint; with none of them it is the checkpoint, byte for byte."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,38 @@ def test_overlay_with_a_missing_shard_is_named(base, tmp_path):
     Path(tmp_path / "o" / "layer_004.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"layer_004\.safetensors: missing"):
         Overlay.open(tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stage", None), ("base_sha256", 7), ("recipe", [1]), ("files", ["layer_004"]), ("files", [{"size_bytes": 3}]),
+     ("files", [{"name": "layer_004.safetensors", "size_bytes": 3, "sha256": None}]), ("files", {}),
+     ("rotated", [1]), ("rotated", {"head": "x"}), ("rotated", {"head": 7}), ("format", 2)],
+)  # fmt: skip
+def test_overlay_json_that_nobody_wrote_is_refused_by_field(base, tmp_path, field, value):
+    OverlayWriter(tmp_path / "o", "heal", View(base).recipe_sha256, {}).finish()
+    listing = tmp_path / "o" / "overlay.json"
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"overlay\.json: {field}"):
+        Overlay.open(tmp_path / "o")
+
+
+def test_a_flipped_byte_of_an_overlay_is_named(base, tmp_path):
+    writer = OverlayWriter(tmp_path / "o", "heal", View(base).recipe_sha256, {})
+    writer.add("layer_004", [("norm.weight", "BF16", np.zeros(base.config.hidden_size, np.uint16))])
+    overlay, shard = writer.finish(), tmp_path / "o" / "layer_004.safetensors"
+    overlay.check_bytes()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CheckpointError, match=r"layer_004\.safetensors: damaged \(SHA-256"):
+        Overlay.open(tmp_path / "o").check_bytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("source_sha256", None), ("score", 3), ("stats_sha256", []), ("layers", [["0", "1"]]), ("layers", [[1, 2]])],
+)
+def test_a_ranking_that_nobody_wrote_is_refused_by_field(ranking, tmp_path, field, value):
+    path = tmp_path / "ranking.json"
+    path.write_text(json.dumps(ranking.to_dict() | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"ranking\.json: {field}"):
+        Ranking.read(path)
