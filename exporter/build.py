@@ -19,6 +19,7 @@ from appliance.model import BLOCK_TOKENS, ENCODINGS, NUMERICS, ModelConfig
 from exporter import inventory
 from exporter.build_profiles import BuildProfile, open_profiles
 from exporter.checkpoint import Checkpoint
+from exporter.goldens import LONG
 from exporter.provenance import dropped
 from exporter.ranking import Ranking
 from exporter.release import Release, write_bundle
@@ -129,12 +130,13 @@ def _tokenizer(ckpt: Checkpoint, none: bool) -> bytes | None:
 def _golden_prompts(path: Path | None, config: ModelConfig) -> list[list[int]]:
     if path is None:
         return []
-    prompts = []
+    prompts, longest = [], config.max_position_embeddings - LONG
     try:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             ids = json.loads(line)
-            if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
-                raise UsageError(f"{path}:{number}: not a list of token ids below {config.vocab_size}")
+            known = isinstance(ids, list) and all(type(i) is int and 0 <= i < config.vocab_size for i in ids)
+            if not known or not 1 <= len(ids) <= longest:
+                raise UsageError(f"{path}:{number}: expected 1 to {longest:,} token ids below {config.vocab_size:,}")
             prompts.append(ids)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON lines ({error})") from None

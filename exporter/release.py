@@ -19,7 +19,7 @@ from typing import Any
 
 from appliance.bundle_writer import BundleWriter, sync_directory
 from appliance.errors import SpaceError, UsageError
-from appliance.manifest import Manifest, ObjectEntry
+from appliance.manifest import REQUIRED_FILES, FileEntry, Manifest, ObjectEntry
 from appliance.model import Golden, ModelConfig, ModelSpec, Profile, state_tensors
 from exporter.build_profiles import BuildProfile, quality_json
 from exporter.goldens import MIN_MARGIN, find_goldens
@@ -89,7 +89,7 @@ def write_bundle(
     """
     partial = partial_folder(out)
     _check_out(out, partial)
-    provenance(release.base_view, release.profiles, {"read_sha256": "0" * 64})  # too long is known before the work
+    _check_listed(release)
     plans, recipe = release.plans(), release.recipe()
     total_bytes = sum(plan.size_bytes for plan in plans)
     check_space(out, total_bytes - kept_bytes(partial))
@@ -120,6 +120,14 @@ def _check_out(out: Path, partial: Path) -> None:
         raise UsageError(f"{out} exists; name a new folder or remove it")
     if not out.resolve().parent.is_dir():
         raise UsageError(f"{out.resolve().parent} is not a folder; create it first")
+
+
+def _check_listed(release: Release) -> None:
+    """What the manifest says of the release is checked before the work: BundleError or UsageError names the field."""
+    zeros = "0" * 64
+    files = tuple(FileEntry(name, zeros, 1) for name in REQUIRED_FILES)
+    found = provenance(release.base_view, release.profiles, {"read_sha256": zeros})
+    Manifest(release.name, release.version, release.counter, files, (), found)
 
 
 class _Bundling:

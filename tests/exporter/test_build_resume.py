@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from build_support import SMALL, a_release, build, files_of, small_checkpoint
 
-from appliance.errors import BusyError, SpaceError, UsageError
+from appliance.errors import BundleError, BusyError, SpaceError, UsageError
 from appliance.model import Golden
 from exporter.graph import build_graph
 from exporter.journal import Journal
@@ -279,6 +279,16 @@ def test_too_little_space_is_said_before_the_work(checkpoint, tmp_path, monkeypa
     monkeypatch.setattr("exporter.release.SPARE_BYTES", 1 << 60)
     with pytest.raises(SpaceError, match=r"needs [\d,]+ bytes and [\d,]+ are free"):
         build(checkpoint, tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("name", "Not A Name", "name 'Not A Name'"), ("version", "é", "version 'é'"), ("counter", 0, "release_counter 0")],
+)
+def test_what_no_manifest_may_say_is_refused_before_the_work(checkpoint, tmp_path, field, value, message):
+    with pytest.raises(BundleError, match=message):
+        build(checkpoint, tmp_path / "b", **{field: value})
     assert not list(tmp_path.iterdir())
 
 

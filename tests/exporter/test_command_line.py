@@ -59,3 +59,11 @@ def test_an_output_folder_without_a_name_is_refused(tiny_checkpoint, tmp_path, c
     more = ["--encoding", "dsv4-0731"] if command == "build" else []
     assert main([command, str(tiny_checkpoint), out, *more]) == 2
     assert "solocard: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["[]", "[true]", "{}", "[768]", "[-1]"])
+def test_golden_prompts_that_are_none_are_named_by_line(tiny_checkpoint, tmp_path, capsys, line):
+    (tmp_path / "prompts").write_text(f"[5, 6]\n{line}\n")
+    more = ["--encoding", "dsv4-0731", "--golden-prompts", str(tmp_path / "prompts")]
+    assert main(["build", str(tiny_checkpoint), str(tmp_path / "b"), *more]) == 2
+    assert f"{tmp_path / 'prompts'}:2: expected 1 to 4,080 token ids below 768" in capsys.readouterr().err
