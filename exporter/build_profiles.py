@@ -104,7 +104,7 @@ def _opened(base: Checkpoint, ranking: Ranking | None, path: Path, overlays: Seq
 
 def _plan(path: Path, base: Checkpoint) -> Plan:
     plan = Plan.read(path)
-    if plan.source_sha256 != base.headers_sha256:
+    if plan.source_sha256 != base.source_sha256:
         raise UsageError(f"{path}: was planned for another checkpoint than {base.path}; plan for this one")
     if plan.id == FULL:
         raise UsageError(f"{path}: id: {FULL!r} is the name of the whole model; plan with another --id")

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 MAX_SHARDS = 4096
+SMALL_BYTES = 16 << 10  # tensors up to this size are read for the identity: 13 a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     sources: tuple[SourceFile, ...]
+    source_sha256: str  # names this checkpoint: config, headers, and the values of its small tensors
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
@@ -58,7 +60,7 @@ class Checkpoint:
         tensors = _indexed(path) if (path / INDEX).exists() else _single(path)
         files = sorted({t.file for t in tensors.values()})
         sources = tuple(SourceFile(file, file.stat().st_size) for file in files)
-        return Checkpoint(path, config, raw, tensors, sources)
+        return Checkpoint(path, config, raw, tensors, sources, _identity(raw, tensors))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,12 +111,21 @@ class Checkpoint:
         codes = info.dtype in ("F8_E4M3", "I8")
         return dequantize(info, self.read(name), (self.info(scale), self.read(scale)) if codes else None)
 
-    @property
-    def headers_sha256(self) -> str:
-        """SHA-256 of config.json and of every tensor's name, dtype, shape and place: names this checkpoint cheaply."""
-        places = [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in self.tensors.values()]
-        text = json.dumps([dict(self.raw_config), sorted(places)], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+
+def _identity(raw_config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """SHA-256 of config.json, of every tensor's name, dtype, shape and place, and of the bytes of all small tensors.
+
+    Norms, biases, sinks and mHC scales of another training differ, so a sibling of equal shapes has another identity,
+    and the 160 GB need not be read.
+    """
+    places = sorted([t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in tensors.values())
+    hashed = hashlib.sha256(json.dumps([dict(raw_config), places], sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        info = tensors[name]
+        if info.dtype in ("F32", "BF16") and info.size_bytes <= SMALL_BYTES:
+            for piece in stream_tensor(info):
+                hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def stream_tensor(info: TensorInfo, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:

@@ -113,7 +113,7 @@ class Made:
         """Digest of the arguments, the checkpoint, and every file or finished folder they name."""
         named = [part for word in stage.words for part in word.split(",")]
         paths = [Path(part) for part in named if Path(part) not in (stage.out, self._checkpoint.path)]
-        return digest([stage.words, self._checkpoint.headers_sha256, [_content(path) for path in paths]])
+        return digest([stage.words, self._checkpoint.source_sha256, [_content(path) for path in paths]])
 
 
 def _content(path: Path) -> str:

@@ -26,7 +26,7 @@ def provenance(view: View, profiles: Sequence[BuildProfile], source: dict[str, A
     config = json.dumps(dict(view.base.raw_config), sort_keys=True, separators=(",", ":"))
     found = {
         "source": {
-            "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "headers_sha256": view.source_sha256, **source
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "source_sha256": view.source_sha256, **source
         },
         "dropped": dropped(view),
         "code": code_version(),

@@ -44,7 +44,7 @@ def rank(
     orders = [identity] * first
     for layer in range(first, config.num_hidden_layers):
         orders.append(_order(of_layer(layer), _super(statistics, layer) if score in OBSERVED else None))
-    return Ranking(checkpoint.headers_sha256, score, tuple(orders), statistics.sha256 if statistics else "")
+    return Ranking(checkpoint.source_sha256, score, tuple(orders), statistics.sha256 if statistics else "")
 
 
 def _order(scores: F64, super_experts: NDArray[np.generic] | None) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def _score(
         return lambda layer: np.random.Generator(np.random.PCG64([seed, layer])).permutation(experts).astype(np.float64)
     if statistics is None:
         raise UsageError(f"--score {score} needs STATS: the folder that `solocard-export observe` wrote")
-    statistics.check_source(checkpoint.headers_sha256, checkpoint.path)
+    statistics.check_source(checkpoint.source_sha256, checkpoint.path)
     found, weights = statistics, _weights(statistics, domain_weights)
     if score == "reap-mean":
         return lambda layer: reap_mean(found, layer, weights)

@@ -64,7 +64,7 @@ class Release:
         view = self.base_view
         sources = [[s.path.name, s.size_bytes, s.path.stat().st_mtime_ns] for s in view.base.sources]
         found: dict[str, Any] = {
-            "stage": "build", "headers_sha256": view.source_sha256, "source_files": digest(sources),
+            "stage": "build", "source_sha256": view.source_sha256, "source_files": digest(sources),
             "ranking_sha256": view.ranking.sha256, "name": self.name, "release_version": self.version,
             "release_counter": self.counter, "encoding": self.encoding, "numerics": self.numerics,
             "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest() if self.tokenizer else "none",

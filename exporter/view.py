@@ -39,7 +39,7 @@ class View:
         full = (config.n_routed_experts,) * config.num_hidden_layers
         self.base, self.config, self.path = base, config, base.path
         self.raw_config: Mapping[str, Any] = base.raw_config
-        self.source_sha256 = base.headers_sha256
+        self.source_sha256 = base.source_sha256
         self.ranking = ranking or Ranking.identity(config, self.source_sha256)
         self.experts_kept = tuple(experts_kept) if experts_kept is not None else full
         _check_ranking(self.ranking, config, self.source_sha256, base.path)
@@ -75,7 +75,8 @@ class View:
     def names(self) -> tuple[str, ...]:
         """Every tensor name: the base's order without the experts cut, then what only overlays have."""
         kept = [name for name in self.base.names if self._is_kept(name)]
-        return (*kept, *(n for o in self._overlays for n in o.tensors if n not in self.base.tensors))
+        added = dict.fromkeys(n for o in self._overlays for n in o.tensors if n not in self.base.tensors)
+        return (*kept, *added)
 
     def rotation(self, linear: str) -> int:
         """Hadamard block that the inputs of ``linear`` (no ".weight") are rotated by, 0 for none."""

@@ -46,7 +46,7 @@ def write_statistics(checkpoint: Path, out: Path, *, most_columns: int = 4096, h
         write_file(out / piece_name(layer), tensors)
         files.append({"name": piece_name(layer), "size_bytes": (out / piece_name(layer)).stat().st_size})
     write_json(out / "observe.json", {
-        "format": 1, "files": files, "source_sha256": base.headers_sha256, "recipe": {"texts_sha256": "0" * 64},
+        "format": 1, "files": files, "source_sha256": base.source_sha256, "recipe": {"texts_sha256": "0" * 64},
         "domains": ["made up"], "experts": base.config.n_routed_experts, "super_experts": [],
     })  # fmt: skip
     return out

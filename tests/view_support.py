@@ -37,7 +37,7 @@ def random_ranking(base: Checkpoint, seed: int = 3) -> Ranking:
     rng = np.random.Generator(np.random.PCG64(seed))
     layers, experts = base.config.num_hidden_layers, base.config.n_routed_experts
     orders = tuple(tuple(int(e) for e in rng.permutation(experts)) for _ in range(layers))
-    return Ranking(base.headers_sha256, "random", orders)
+    return Ranking(base.source_sha256, "random", orders)
 
 
 def dense_linears(base: Checkpoint, layer: int) -> list[str]:

@@ -137,7 +137,7 @@ def make_plan(
         hash_layers=budget.hash_layers, device_bytes=budget.device, headroom_bytes=budget.headroom_bytes,
         host_bytes=budget.host, kv_bytes=_kv_by_context(weights, ask), bundle_bytes=_bundle(weights, budget, small),
         bound=_bound_dict(limit), gates=default_bounds(pruned=pruned), verdict=verdict(weights, budget),
-        assumptions=_assumptions(card, ask, weights, budget), source_sha256=checkpoint.headers_sha256,
+        assumptions=_assumptions(card, ask, weights, budget), source_sha256=checkpoint.source_sha256,
         code=code_version(),
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory):
 def ranking(checkpoint):
     draw = random.Random(3)
     orders = tuple(tuple(draw.sample(range(4), 4)) for _ in range(3))
-    return Ranking(Checkpoint.open(checkpoint).headers_sha256, "random", orders)
+    return Ranking(Checkpoint.open(checkpoint).source_sha256, "random", orders)
 
 
 def located(bundle, graph="model.onnx"):

@@ -198,3 +198,14 @@ def test_index_and_shards_must_agree(copy):
 def test_not_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: not a folder"):
         Checkpoint.open(tmp_path / "nowhere")
+
+
+def test_a_sibling_of_equal_shapes_is_another_checkpoint(tiny_checkpoint, tmp_path):
+    """Headers and config are equal, weights are not: a ranking of one must not pass for the other."""
+    write_sample(tmp_path / "sibling", "tiny", seed=5)
+    one, other = Checkpoint.open(tiny_checkpoint), Checkpoint.open(tmp_path / "sibling")
+    assert {n: (t.dtype, t.shape, t.offset) for n, t in one.tensors.items()} == {
+        n: (t.dtype, t.shape, t.offset) for n, t in other.tensors.items()
+    }
+    assert one.source_sha256 != other.source_sha256
+    assert one.source_sha256 == Checkpoint.open(tiny_checkpoint).source_sha256

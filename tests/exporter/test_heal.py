@@ -37,7 +37,7 @@ def cut(tiny_checkpoint: Path) -> View:
     """Half of the experts of layers 3 to 6, in an order that is not the official one."""
     base = Checkpoint.open(tiny_checkpoint)
     orders = ((0, 1, 2, 3, 4, 5, 6, 7),) * FIRST_CUT + ((5, 2, 7, 0, 1, 3, 4, 6),) * 4
-    return View(base, ranking=Ranking(base.headers_sha256, "test", orders), experts_kept=(8, 8, 8, 4, 4, 4, 4))
+    return View(base, ranking=Ranking(base.source_sha256, "test", orders), experts_kept=(8, 8, 8, 4, 4, 4, 4))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def observed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
         write_file(path, [("reap_sum", "F32", saliency), ("count", "I64", count)])
         files.append({"name": path.name, "size_bytes": path.stat().st_size, "sha256": ""})
     write_json(folder / "observe.json", {
-        "format": 1, "files": files, "source_sha256": Checkpoint.open(tiny_checkpoint).headers_sha256,
+        "format": 1, "files": files, "source_sha256": Checkpoint.open(tiny_checkpoint).source_sha256,
         "domains": ["code", "prose"], "experts": EXPERTS, "super_experts": [[4, 6]], "recipe": {"texts_sha256": ""},
     })
     return folder

@@ -30,7 +30,7 @@ def base(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def ranking(base):
     rng = np.random.Generator(np.random.PCG64(5))
-    return Ranking(base.headers_sha256, "random", tuple(tuple(map(int, rng.permutation(WHOLE))) for _ in range(7)))
+    return Ranking(base.source_sha256, "random", tuple(tuple(map(int, rng.permutation(WHOLE))) for _ in range(7)))
 
 
 def files(folder):

@@ -37,7 +37,7 @@ def test_a_cut_and_ranked_model(tmp_path, preset, keep, dense):
     rng = np.random.Generator(np.random.PCG64(9))
     orders = tuple(tuple(map(int, rng.permutation(experts))) for _ in range(layers))
     kept = (experts,) * hashed + (keep,) * (layers - hashed)
-    view = View(base, ranking=Ranking(base.headers_sha256, "random", orders), experts_kept=kept)
+    view = View(base, ranking=Ranking(base.source_sha256, "random", orders), experts_kept=kept)
     if dense == "D4":
         view = overlaid(view, tmp_path / "d4", [*rounded_fp4_linears(view), *fp8_head(view)])
     written = write_student(view, tmp_path / "student")

@@ -25,7 +25,7 @@ def ranking(base):
     rng = np.random.Generator(np.random.PCG64(3))
     layers, experts = base.config.num_hidden_layers, base.config.n_routed_experts
     orders = tuple(tuple(map(int, rng.permutation(experts))) for _ in range(layers))
-    return Ranking(base.headers_sha256, "random", orders)
+    return Ranking(base.source_sha256, "random", orders)
 
 
 def kept(base, count):
