@@ -219,7 +219,7 @@ def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, trai
     found = aims(cut, d4, recovery)
     tokens = cut[0].metrics["total"]["tokens"]
     told = (
-        "Written by `packaging/sample-model/distill.py`; do not edit. Half of the experts of each learned layer are cut "
+        "Written by `packaging/sample-model/distill.py`; do not edit. Half of the experts of a learned layer are cut "
         f"({KEEP} of 16 kept; the layer routed by token id stays whole), attention and shared experts go from FP8 to "
         "MXFP4 (\"D4\"); kept experts stay as they are unless QAD trains them. KL(teacher ‖ student) in nats over "
         f"{tokens:,} tokens of `evaluation.jsonl`. Statistics are of `calibration.jsonl`, training is on "
