@@ -70,7 +70,7 @@ def test_install_refuses_an_unsigned_bundle(machine: Appliance, unsigned: Path) 
 
 def test_trial_takes_what_is_installed(machine: Appliance, installed) -> None:
     done = command("runtime", "trial", installed.bundle_id, SOLOCARD_HOME=str(machine.home))
-    assert f"{installed.bundle_id}: checked 16 golden tokens of 16 prompts" in done.stdout
+    assert f"{installed.bundle_id}, profile full: checked 16 golden tokens of 16 prompts" in done.stdout
 
 
 def test_logits_take_an_unsigned_bundle_and_touch_neither_network_nor_home(unsigned: Path, tmp_path: Path) -> None:

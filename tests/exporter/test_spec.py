@@ -45,7 +45,7 @@ def test_real_schedule():
     kinds = [V4_FLASH.layer_kind(layer) for layer in range(43)]
     assert (kinds.count("S"), kinds.count("C"), kinds.count("H")) == (2, 21, 20)
     assert KV_TRUE.compress_ratios == V4_FLASH.compress_ratios
-    assert set(PRESETS) == {"tiny", "kv-true"}
+    assert set(PRESETS) == {"tiny", "kv-true", "slice"}
 
 
 REFUSED = [
