@@ -35,7 +35,9 @@ class Progress:
 
 
 def _rate(per_s: float, unit: str) -> str:
-    return f"{per_s / 1e6:.0f} MB/s" if unit == "bytes" else f"{per_s:,.1f} {unit}/s"
+    if unit == "bytes":
+        return f"{per_s / 1e6:.0f} MB/s"
+    return f"{per_s:,.1f} {unit}/s" if per_s < 1e5 else f"{per_s / 1e6:,.1f} million {unit}/s"
 
 
 def _duration(seconds: float) -> str:
