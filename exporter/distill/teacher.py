@@ -109,12 +109,15 @@ def _whole(
 def _layerwise(
     view: View, texts: Sequence[Text], parts: Sequence[range], work: Path, device: str
 ) -> Iterator[cache.Targets]:
-    """The same with one layer in memory; ``work`` holds the streams between layers."""
+    """The same with one layer in memory. ``work`` holds the streams between layers, of all texts whatever is missing:
+    so that what a killed run left there serves."""
     from exporter.forced import forced_rows
 
-    sequences = [texts[member].ids for members in parts for member in members]
+    sequences, wanted = [text.ids for text in texts], {member for members in parts for member in members}
     rows: list[cache.Targets] = []
     for sequence, start, logits in forced_rows(view, sequences, work=work, device=device, label="teacher"):
+        if sequence not in wanted:
+            continue
         rows.append(cache.reduced(logits))
         if start + len(logits) == len(sequences[sequence]):
             ids, logp, tail = (np.concatenate(part) for part in zip(*rows, strict=True))

@@ -14,8 +14,10 @@ from view_support import random_ranking, short_checkpoint
 from appliance.errors import CheckpointError, UsageError
 from exporter.__main__ import main
 from exporter.checkpoint import Checkpoint
+from exporter.distill import cache as cache_module
 from exporter.distill.cache import TeacherCache
 from exporter.overlay import Overlay, OverlayWriter
+from exporter.stage import StageFolder
 from exporter.view import View
 from exporter.view_arguments import learned_cut
 
@@ -98,6 +100,24 @@ def test_layerwise_gives_the_same_cache(folder, tmp_path):
         first, second = whole.targets(sequence), layered.targets(sequence)
         assert np.median(np.abs(first[1][:, 0] - second[1][:, 0])) < 0.01
         assert np.mean(first[0][:, 0] == second[0][:, 0]) > 0.9
+
+
+def test_a_killed_layerwise_cache_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "PART_TOKENS", 50)
+    assert teacher(folder, tmp_path / "calm", "--layerwise") == 0
+    real = StageFolder.write_tensors
+
+    def dying(self, piece, tensors):
+        if piece == cache_module.part_name(1):
+            raise KeyboardInterrupt
+        real(self, piece, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageFolder, "write_tensors", dying)
+        assert teacher(folder, tmp_path / "killed", "--layerwise") == 130
+    assert list(bytes_of(tmp_path / "killed")) == [cache_module.part_name(0)]
+    assert teacher(folder, tmp_path / "killed", "--layerwise") == 0
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "calm")
 
 
 def test_cache_of_other_texts_is_refused(folder, tmp_path, capsys):
