@@ -97,6 +97,9 @@ def _parse(line: bytes, where: str, view: View, encode: Encode) -> Text:
         raise UsageError(f"{where}: domain: expected a string of 1 to {MAX_DOMAIN_CHARS} characters")
     if "text" in raw and not isinstance(raw["text"], str):
         raise UsageError(f"{where}: text: found a {type(raw['text']).__name__}, expected a string")
+    for field in ("domain", "text"):
+        if any("\ud800" <= letter <= "\udfff" for letter in raw.get(field, "")):
+            raise UsageError(f"{where}: {field}: holds half of a surrogate pair (\\ud800 …), which is no character")
     ids = encode(raw["text"]) if "text" in raw else raw["ids"]
     return Text(domain, _checked_ids(ids, where, view))
 

@@ -166,7 +166,7 @@ class _Look:
 
     def __init__(self, walk: Walk, task: LayerTask, sequences: int, most: int) -> None:
         self._task, self._by_text = task, sequences >= HELD_EVERY
-        total = sum(batch.tokens for batch in walk.batches)
+        self._most, total = most, sum(batch.tokens for batch in walk.batches)
         self._stride, self._passed = -(-total // most), 0
         self._train: list[Quadratics] = []
         self._held: list[Quadratics] = []
@@ -191,6 +191,9 @@ class _Look:
     def parts(self) -> tuple[Quadratics, Quadratics]:
         """What is fitted on, what is held out."""
         self._train, self._held = [Quadratics.joined(self._train)], [Quadratics.joined(self._held)]
+        for part, use in ((self._held[0], "hold out"), (self._train[0], "fit on")):
+            if not len(part):
+                raise UsageError(f"heal: --fit-tokens {self._most}: leaves no token to {use}; give more")
         return self._train[0], self._held[0]
 
     def true_error(self, router: Router) -> float:

@@ -110,11 +110,18 @@ def _bounds(args: argparse.Namespace, student: View) -> dict[str, float]:
 
 
 def _waivers(args: argparse.Namespace) -> tuple[gates.Waiver, ...]:
-    by = args.by or getpass.getuser()
+    by = args.by or (_user() if args.waive else "")
     waivers = tuple(gates.parse_waiver(text, by) for text in args.waive)
     if len({waiver.gate for waiver in waivers}) < len(waivers):
         raise UsageError("--waive: a gate is named twice; give one reason for each")
     return waivers
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in passwd
+        raise UsageError("--waive: the name logged in is not known; give --by NAME") from None
 
 
 def _needles(args: argparse.Namespace, view: View, texts: Sequence[Text]) -> list[Needle]:

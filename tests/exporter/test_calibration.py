@@ -51,6 +51,8 @@ def test_max_tokens_cuts_the_last_line(view: View, tmp_path: Path) -> None:
         ({"domain": "x" * 65, "ids": [1]}, r"line 2: domain: expected a string of 1 to 64"),
         ({"domain": "a", "text": 3}, r"line 2: text: found a int"),
         ({"domain": "a", "text": ""}, r"line 2: no token"),
+        ({"domain": "a", "text": "x\ud800"}, r"line 2: text: holds half of a surrogate pair"),
+        ({"domain": "\ud800", "ids": [1]}, r"line 2: domain: holds half of a surrogate pair"),
         ({"domain": "a", "ids": [768]}, r"line 2: ids: found 768, expected 0 to 767"),
         ({"domain": "a", "ids": [True]}, r"line 2: ids: found True"),
         ({"domain": "a", "ids": [1] * 4097}, r"line 2: 4,097 tokens, the model takes at most 4,096"),

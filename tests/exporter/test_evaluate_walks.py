@@ -193,3 +193,12 @@ def test_wrong_options_are_one_line(views, texts, tmp_path, capsys, option, mess
     assert evaluate(views, texts, tmp_path / "out", *option) == UsageError.exit_code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_waiver_without_a_known_user_asks_for_by(views, texts, tmp_path, capsys, monkeypatch):
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 4242")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert evaluate(views, texts, tmp_path / "out", "--waive", "top1=a") == UsageError.exit_code
+    assert "give --by NAME" in capsys.readouterr().err

@@ -171,4 +171,6 @@ def test_refusals(cut: View, tmp_path: Path) -> None:
     writer.add("layer_003", [("layers.3.ffn.gate.bias", "F32", np.zeros(4, np.float32))])
     with pytest.raises(UsageError, match=r"has changed layers\.3\.ffn\.gate\.bias; heal first"):
         heal(cut.over(writer.finish()), TEXTS, tmp_path / "b", tmp_path / "w", HealOptions("0"))
+    with pytest.raises(UsageError, match="--fit-tokens 1: leaves no token to hold out"):
+        heal(cut, TEXTS, tmp_path / "c", tmp_path / "w", HealOptions("0", fit_tokens=1))
     assert not (tmp_path / "a").exists()
