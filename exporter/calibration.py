@@ -122,13 +122,14 @@ def _encoder(path: Path) -> Encode:
 
     def encode(text: str) -> list[int]:
         if not opened:
-            opened.append(_tokenizer(path))
+            opened.append(open_tokenizer(path))
         return list(opened[0].encode(text, add_special_tokens=False).ids)
 
     return encode
 
 
-def _tokenizer(path: Path) -> Any:
+def open_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; CheckpointError names the file."""
     from tokenizers import Tokenizer
 
     if not path.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,13 @@ class Statistics:
         raw = read_json(path / OBSERVE)
         if raw.get("format") != 1 or not isinstance(raw.get("files"), list):
             raise CheckpointError(f"{path / OBSERVE}: no statistics of format 1; run observe again")
+        try:
+            return Statistics._parsed(path, raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / OBSERVE}: field {error} is missing or wrong; run observe again") from None
+
+    @staticmethod
+    def _parsed(path: Path, raw: dict[str, Any]) -> Statistics:
         layers = []
         for layer, entry in enumerate(raw["files"]):
             file = path / piece_name(layer)

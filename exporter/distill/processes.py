@@ -38,6 +38,13 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
+    def told(self, word: str | None) -> str | None:
+        """Process 0's ``word`` on all of them."""
+        words = [word]
+        if self.world > 1:
+            dist.broadcast_object_list(words, 0)
+        return words[0]
+
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its sum over the processes, in place."""
         if self.world > 1:

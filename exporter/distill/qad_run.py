@@ -39,13 +39,27 @@ def distill(
         _check(view, sequences, cache, options, dense, processes)
         recipe = {"teacher_sha256": cache.sha256, "texts_sha256": cache.texts_sha256, "dense": dense or "as it is",
                   "processes": processes.world, **dataclasses.asdict(options)}
-        writer = OverlayWriter(out, stage, view.recipe_sha256, recipe) if processes.rank == 0 else None
-        if writer is not None and (out / OVERLAY).is_file():
+        writer, refused = _opened(out, stage, view.recipe_sha256, recipe) if processes.rank == 0 else (None, None)
+        refused = processes.told(refused)  # all of them stop, or none: the first alone would leave the others waiting
+        if refused is not None:
+            raise UsageError(refused)
+        finished = processes.told("yes" if writer is not None and (out / OVERLAY).is_file() else None)
+        if finished is not None:
             shutil.rmtree(out / WORK, ignore_errors=True)
-            return "nothing to do, it is finished"
+            return "nothing to do, it is finished" if processes.rank == 0 else None
         return _train(view, sequences, cache, out, options, processes, writer, dense, device, save_every)
     finally:
         processes.leave()
+
+
+def _opened(
+    out: Path, stage: str, base_sha256: str, recipe: dict[str, object]
+) -> tuple[OverlayWriter | None, str | None]:
+    """The overlay to write, or why it is refused."""
+    try:
+        return OverlayWriter(out, stage, base_sha256, recipe), None
+    except UsageError as error:
+        return None, str(error)
 
 
 def _check(

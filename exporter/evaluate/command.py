@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import UsageError
-from exporter.calibration import TOKENIZER, Text, read_texts, texts_sha256
+from exporter.calibration import TOKENIZER, Text, open_tokenizer, read_texts, texts_sha256
 from exporter.evaluate import gates
 from exporter.evaluate.metrics import SHORTEST_LENGTH, gate_measurements
 from exporter.evaluate.needle import Needle, build_needles
@@ -133,9 +133,7 @@ def _needles(args: argparse.Namespace, view: View, texts: Sequence[Text]) -> lis
     haystack = [token for text in sorted(texts, key=lambda text: -len(text.ids)) for token in text.ids]
     encode = None
     if args.needles and lengths and (view.path / TOKENIZER).is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(view.path / TOKENIZER))
+        tokenizer = open_tokenizer(view.path / TOKENIZER)
 
         def encode(text: str) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)

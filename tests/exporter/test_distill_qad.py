@@ -237,17 +237,27 @@ def test_batches_come_once_an_epoch_and_from_the_seed():
     assert pieces([1, 3, 4, 0, 2], lengths, 18) == [[1, 3], [4, 0], [2]]
 
 
-def test_two_processes_give_what_one_gives(folder, trained, tmp_path):
+def two_processes(line):
+    """Exit codes of ``line`` run by two processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "exporter", *arguments(folder, tmp_path / "two")]
     started = [
-        subprocess.Popen(line, cwd=ROOT, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank})
+        subprocess.Popen(
+            [sys.executable, "-m", "exporter", *line], cwd=ROOT,
+            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
+        )
         for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    ]  # fmt: skip
+    return [process.wait(timeout=240) for process in started]
+
+
+def test_two_processes_give_what_one_gives(folder, trained, tmp_path):
+    line = arguments(folder, tmp_path / "two")
+    assert two_processes(line) == [0, 0]
+    assert two_processes(line) == [0, 0]  # finished: both say so and end
+    assert two_processes([*line, "--seed", "9"]) == [UsageError.exit_code] * 2  # refused: neither waits for the other
     losses = [
         json.loads((path / "overlay.json").read_text("utf-8"))["notes"]["kl_per_step"]
         for path in (tmp_path / "two", folder / "qad")

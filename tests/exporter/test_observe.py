@@ -252,3 +252,9 @@ def test_refusals(
     (broken / "observe.json").write_bytes((statistics.path / "observe.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"layer_000\.safetensors: missing or not"):
         Statistics.open(broken)
+
+
+def test_statistics_without_a_field_are_named(tmp_path: Path) -> None:
+    (tmp_path / "observe.json").write_text('{"format": 1, "files": []}')
+    with pytest.raises(CheckpointError, match=r"observe\.json: field 'source_sha256' is missing or wrong"):
+        Statistics.open(tmp_path)
