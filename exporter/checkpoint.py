@@ -1,7 +1,7 @@
 """An official V4-Flash checkpoint folder: config.json and shards (or one unindexed model.safetensors).
 
-Headers are read at :meth:`Checkpoint.open`; tensor bytes only when asked for, so that the 160 GB model can be walked
-tensor by tensor.
+Headers and the small tensors that name the checkpoint are read at :meth:`Checkpoint.open`; other bytes only when asked
+for, so that the 160 GB model can be walked tensor by tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from appliance.errors import CheckpointError
 from appliance.model import ModelConfig
 from exporter import codec, spec
+from exporter.json_file import read_object
 from exporter.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 
 __all__ = ["Checkpoint", "SourceFile", "TensorInfo"]
@@ -52,7 +53,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
-        """Read config.json, the index and all shard headers of the folder ``path``."""
+        """Read config.json, the index, all shard headers and the small tensors of the folder ``path``."""
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder; give a checkpoint folder with {CONFIG} and *.safetensors")
         raw = spec.read_raw(path / CONFIG)
@@ -195,15 +196,8 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index}: more than {MAX_INDEX_BYTES} bytes; not an index")
-        raw = json.loads(index.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not JSON ({error}); copy the checkpoint again") from None
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    remedy = "copy the checkpoint again"
+    weight_map = read_object(index, MAX_INDEX_BYTES, absent=remedy, damaged=remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; copy the checkpoint again")
     for name, shard in weight_map.items():

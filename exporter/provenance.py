@@ -13,7 +13,6 @@ from exporter.build_profiles import BuildProfile
 from exporter.checkpoint import Checkpoint
 from exporter.journal import Journal
 from exporter.object_plan import ObjectPlan
-from exporter.ops.moe import record_parts
 from exporter.stage import code_version, digest
 from exporter.view import View
 
@@ -68,11 +67,6 @@ def dropped(view: View) -> dict[str, Any]:
 def unread(base: Checkpoint) -> list[str]:
     """Names of the tensors that belong to no layer of the backbone."""
     return [name for name in base.names if name.startswith("mtp.")]
-
-
-def expert_tensors(name: str, hidden: int, inter: int) -> tuple[str, ...]:
-    """The six tensors behind the source ``layers.L.ffn.experts.E``, in its order."""
-    return tuple(f"{name}.{part}" for part, _ in record_parts(hidden, inter))
 
 
 def _line(entry: Any) -> Any:

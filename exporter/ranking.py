@@ -13,8 +13,6 @@ from appliance.errors import CheckpointError
 from appliance.model import ModelConfig
 from exporter.stage import digest, read_json, write_json
 
-RANKING = "ranking.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Ranking:

@@ -6,13 +6,13 @@ Only what the maths needs is kept; everything that would change the maths is che
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from appliance.errors import CheckpointError
 from appliance.model import BLOCK_TOKENS, ModelConfig, RopeScaling
+from exporter.json_file import read_object
 
 MODEL_TYPE = "deepseek_v4"
 ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -38,18 +38,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def read_raw(path: Path) -> dict[str, Any]:
     """config.json as a dict, at most 1 MiB. Raises CheckpointError naming the file."""
-    try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: {size_bytes} bytes, expected at most {MAX_CONFIG_BYTES}; not a config.json")
-        raw = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a checkpoint folder") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
-    return raw
+    return read_object(path, MAX_CONFIG_BYTES, absent="give a checkpoint folder", damaged="copy the checkpoint again")
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -7,6 +7,7 @@ unfinished. The same recipe started again keeps the pieces that are there; anoth
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -19,7 +20,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from appliance.bundle_writer import sync_directory, write_synced
-from appliance.errors import CheckpointError, SpaceError, UsageError
+from appliance.errors import SpaceError, UsageError
+from exporter.json_file import read_object
 from exporter.safetensors_file import write_file
 
 RECIPE = "recipe.json"
@@ -67,7 +69,10 @@ def partial_folder(out: Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """``write(temporary)`` then fsync, rename to ``path``, fsync of the folder. SpaceError when the disk is full."""
+    """``write(temporary)`` then fsync, rename to ``path``, fsync of the folder.
+
+    Raises SpaceError when the disk is full, UsageError when the file cannot be written for another reason.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
@@ -76,7 +81,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         partial.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise SpaceError(f"{path}: writing failed ({error.strerror}); free space and start again") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(f"{path}: no space left; free some and start again") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); name another folder") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -89,17 +96,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of ours; CheckpointError names the file and what to do."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: more than {MAX_JSON_BYTES:,} bytes; not a file of this pipeline")
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); run the stage again into a new folder") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value
+    again = "run the stage again into a new folder"
+    return read_object(path, MAX_JSON_BYTES, absent="run the stage that makes it", damaged=again)
 
 
 def canonical(value: Any) -> bytes:

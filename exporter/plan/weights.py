@@ -14,7 +14,6 @@ from exporter.ops.moe import record_bytes
 from exporter.plan.kinds import kind_of
 from exporter.safetensors_file import TensorInfo
 
-DENSE_FORMATS = ("D4", "D8")
 HEAD_FORMATS = ("fp8", "bf16")
 _LINEARS = ("attention", "shared", "indexers")  # kinds whose FP8 linears become MXFP4 in D4
 _BLOCK, _GROUP = 128, 32  # rows and columns of an FP8 scale, columns of an FP4 scale

@@ -40,7 +40,6 @@ print(peak_kb() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_one_layer_of_stored_bytes(tmp_path: Path) -> None:
     config = dataclasses.replace(
         TINY, hidden_size=DIMS, moe_intermediate_size=DIMS, n_routed_experts=EXPERTS, num_experts_per_tok=6,
