@@ -1,7 +1,9 @@
 """What crosses the admin unix socket and the ``--json`` progress of ``solocard``: plain dataclasses, no behaviour.
 
 ``GET /admin/v1/status`` on ``run/admin.sock`` (mode 0600) answers a :class:`Status` as JSON;
-``GET /admin/v1/log?lines=N`` answers ``{"lines": [...]}``. The console reads; nothing here activates anything.
+``GET /admin/v1/log?lines=N`` answers ``{"lines": [...]}``; ``GET /admin/v1/kv`` a :class:`KvReport`. The console
+reads; nothing here activates anything. What is missing has its default and what is unknown is left out, so that an
+older and a newer side understand each other.
 Every ``solocard … --json`` command prints :class:`Progress` objects as JSON lines; the last has ``done`` true.
 """
 
@@ -14,12 +16,18 @@ from typing import Any
 
 ADMIN_SOCKET = "run/admin.sock"  # below SOLOCARD_HOME
 FULL = "full"  # the profile every bundle has: all experts, graph model.onnx
+# Why a prompt, or a part of it, was computed and not read; docs/operations.md has a sentence for each.
+MISS_REASONS = ("too-short", "no-unit", "fingerprint", "ttl", "evicted", "corrupt", "policy")
 PROFILE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
 @dataclass(frozen=True, slots=True)
 class KvStatus:
-    """The KV cache on disk: bytes, quota, and where lookups ended since the server started (tokens)."""
+    """The KV cache on disk: bytes, quota, and where lookups ended since the server started (tokens).
+
+    ``hits`` are lookups that gave at least one token, ``replays`` those that gave blocks without a checkpoint.
+    ``daily_write_bytes`` 0 is no limit; ``reclaimed_bytes`` counts freed segments since the server started.
+    """
 
     enabled: bool = False
     used_bytes: int = 0
@@ -29,6 +37,76 @@ class KvStatus:
     writing: bool = True
     reason: str = ""  # why writing stopped, empty while it goes on
     miss_reasons: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
+    checkpoints: int = 0
+    segments: int = 0
+    written_today_bytes: int = 0
+    daily_write_bytes: int = 0
+    reclaimed_bytes: int = 0
+    lookups: int = 0
+    hits: int = 0
+    replays: int = 0
+    min_free_bytes: int = 0
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> KvStatus:
+        return KvStatus(**_known(KvStatus, raw))
+
+
+@dataclass(frozen=True, slots=True)
+class KvTenant:
+    """What one tenant has on disk; ``last_used_s`` is a Unix time, 0 where nothing of it is stored."""
+
+    name: str = ""
+    blocks: int = 0
+    checkpoints: int = 0
+    size_bytes: int = 0
+    last_used_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvMiss:
+    """A request whose prompt was not read whole: ``hit_tokens`` of ``tokens`` were; ``reason`` as in MISS_REASONS."""
+
+    at_s: float = 0.0
+    tokens: int = 0
+    hit_tokens: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KvReport:
+    """The KV cache as its files show it, and as the running server counts it where ``live``.
+
+    ``roles``: checkpoints by why they are there. ``logged_*`` sum up the request log, which outlives restarts;
+    ``misses`` are its newest, newest first. ``problems`` are plain sentences.
+    """
+
+    status: KvStatus = field(default_factory=KvStatus)
+    live: bool = False
+    roles: dict[str, int] = field(default_factory=dict)
+    damaged: int = 0
+    free_bytes: int = 0  # of the file system
+    tenants: tuple[KvTenant, ...] = ()
+    logged_requests: int = 0
+    logged_prompt_tokens: int = 0
+    logged_hit_tokens: int = 0
+    logged_reasons: dict[str, int] = field(default_factory=dict)
+    misses: tuple[KvMiss, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> KvReport:
+        """Raises TypeError or ValueError where a part has another shape."""
+        values = _known(KvReport, raw)
+        values["status"] = KvStatus.from_dict(dict(raw.get("status") or {}))
+        values["tenants"] = tuple(KvTenant(**_known(KvTenant, dict(item))) for item in raw.get("tenants") or ())
+        values["misses"] = tuple(KvMiss(**_known(KvMiss, dict(item))) for item in raw.get("misses") or ())
+        values["problems"] = tuple(raw.get("problems") or ())
+        return KvReport(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +141,9 @@ class Status:
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Status:
-        """Unknown keys are ignored, so an older console reads a newer server."""
-        known = {f.name for f in dataclasses.fields(Status)}
-        values = {k: v for k, v in raw.items() if k in known}
-        kv_known = {f.name for f in dataclasses.fields(KvStatus)}
-        values["kv"] = KvStatus(**{k: v for k, v in dict(raw.get("kv") or {}).items() if k in kv_known})
+        """Raises TypeError or ValueError where a part has another shape."""
+        values = _known(Status, raw)
+        values["kv"] = KvStatus.from_dict(dict(raw.get("kv") or {}))
         values["notes"] = tuple(raw.get("notes") or ())
         return Status(**values)
 
@@ -87,3 +163,9 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _known(kind: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """The items of ``raw`` that ``kind`` has a field for."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    return {name: value for name, value in raw.items() if name in names}
