@@ -23,12 +23,14 @@ from appliance.wire import FULL
 from runtime.backends.base import Arrays, Backend
 from runtime.kv.layout import (
     KvLayout,
+    Payload,
     gather_block,
     gather_checkpoint,
     reset_slot,
     scatter_block,
     scatter_checkpoint,
 )
+from runtime.kv.replay import replay_tokens
 from runtime.rope import RopeTables
 
 Logits = npt.NDArray[np.float32]
@@ -37,12 +39,17 @@ _NUMPY = {"u8": np.uint8, "f32": np.float32}
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One timeline. ``checkpoint`` is the newest copy at a multiple of 256: (tokens, payload)."""
+    """One timeline. ``checkpoint`` is the newest copy at a multiple of 256: (tokens, payload).
+
+    ``kept_tokens``: entries of the tokens below it were imported and stay as they are; above ``n_tokens`` only during
+    an exact replay.
+    """
 
     slot: int
     blocks: list[int] = field(default_factory=list)
     n_tokens: int = 0
     checkpoint: tuple[int, bytes] | None = None
+    kept_tokens: int = 0
 
 
 class Engine:
@@ -61,6 +68,8 @@ class Engine:
             raise EngineError(f"context_tokens {context_tokens} is not between 2 and the model's {most}")
         self.spec, self.backend, self.context_tokens, self.profile = spec, backend, context_tokens, profile
         self.layout = KvLayout.from_spec(spec)
+        replay = replay_tokens(spec.config, spec.chunk_tokens)
+        self._replay_tokens = replay if replay < context_tokens else 0
         self._rope = RopeTables(spec.config)
         self._ratios = sorted({r for r in spec.config.compress_ratios if r})
         blocks = max_sequences * -(-context_tokens // spec.block_tokens) + 1
@@ -89,7 +98,7 @@ class Engine:
         """Give slot and blocks back; the sequence must not be used again."""
         self._free_slots.append(seq.slot)
         self._free_blocks.extend(reversed(seq.blocks))
-        seq.blocks, seq.n_tokens, seq.checkpoint = [], 0, None
+        seq.blocks, seq.n_tokens, seq.checkpoint, seq.kept_tokens = [], 0, None, 0
 
     def _grow(self, seq: Sequence, tokens: int) -> None:
         """Blocks for ``tokens`` tokens in all."""
@@ -116,6 +125,8 @@ class Engine:
         """Append ``ids`` [m ≥ 1] in one call; logits f32 [len(rows), vocab] of the named ones."""
         if not ids or min(ids) < 0 or max(ids) >= self.spec.config.vocab_size:
             raise EngineError(f"a call takes 1 or more token ids below {self.spec.config.vocab_size}")
+        if seq.n_tokens < seq.kept_tokens and len(ids) != self.spec.chunk_tokens:
+            raise EngineError(f"a replay goes by whole chunks of {self.spec.chunk_tokens} tokens, not by {len(ids)}")
         self._grow(seq, seq.n_tokens + len(ids))
         padded = [*ids, 0] if len(ids) == 1 else list(ids)
         outputs = self.backend.run(self._feeds(seq, padded, rows))
@@ -125,11 +136,12 @@ class Engine:
 
     def _feeds(self, seq: Sequence, ids: list[int], rows: Ids[int]) -> dict[str, npt.NDArray[Any]]:
         start, m = seq.n_tokens, len(ids)
+        needed = -(-(start + m) // self.spec.block_tokens)  # no more: the table's width moves bits, also in a replay
         feeds: dict[str, npt.NDArray[Any]] = {
             "ids": np.array([ids], np.int64),
             "pos": np.array([start], np.int64),
             "slots": np.array([seq.slot], np.int32),
-            "block_table": np.array([seq.blocks], np.int32),  # as many as the real tokens need: width moves bits
+            "block_table": np.array([seq.blocks[:needed]], np.int32),
             "rows_out": np.array(rows, np.int64),
         }
         at = np.arange(start, start + m, dtype=np.int64)[None]
@@ -143,18 +155,21 @@ class Engine:
     # -- commit ------------------------------------------------------------------------------------------------------
 
     def _commit(self, seq: Sequence, count: int, outputs: Arrays) -> None:
-        """Accept the first ``count`` fresh rows; stop at each multiple of 256 for the checkpoint."""
+        """Accept the first ``count`` fresh rows; stop at each multiple of 256 for the checkpoint.
+
+        During a replay entries stay as imported, and nothing before its end is exact enough for a checkpoint.
+        """
         start, end, block = seq.n_tokens, seq.n_tokens + count, self.spec.block_tokens
         while seq.n_tokens < end:
             stop = min(end, (seq.n_tokens // block + 1) * block)
             for state in self.spec.states:
                 fresh = outputs[f"{state.name}.new"][0]
-                if state.paged:
-                    self._commit_entries(seq, state, fresh, start, stop)
-                else:
+                if not state.paged:
                     self._commit_ring(seq, state, fresh, start, stop)
+                elif stop > seq.kept_tokens:
+                    self._commit_entries(seq, state, fresh, start, stop)
             seq.n_tokens = stop
-            if stop % block == 0:
+            if stop % block == 0 and stop >= seq.kept_tokens:
                 seq.checkpoint = (stop, gather_checkpoint(self.pools, self.layout, seq.slot))
 
     def _commit_ring(self, seq: Sequence, state: StateTensor, fresh: npt.NDArray[Any], start: int, stop: int) -> None:
@@ -180,13 +195,53 @@ class Engine:
             raise EngineError(f"block {index} of a sequence of {seq.n_tokens} tokens is not full")
         return gather_block(self.pools, self.layout, seq.blocks[index])
 
+    def import_block(self, seq: Sequence, index: int, payload: Payload) -> None:
+        """Put a stored block's payload into block ``index`` of a fresh sequence: 0, 1, 2 … in turn, or one again.
+
+        Fits a store's sink; the payload is copied. The sequence stays fresh until :meth:`resume`. Raises EngineError
+        where the order, the context or the pool does not allow it, StoreError for a payload of a wrong length.
+        """
+        if seq.n_tokens or not 0 <= index <= len(seq.blocks):
+            raise EngineError(f"block {index} cannot follow {len(seq.blocks)} blocks and {seq.n_tokens} tokens")
+        self._grow(seq, (max(index + 1, len(seq.blocks))) * self.spec.block_tokens)
+        scatter_block(self.pools, self.layout, seq.blocks[index], payload)
+
+    def resume(
+        self, seq: Sequence, tokens: int, *, checkpoint: Payload | None = None, tail: Payload | None = None, blocks: int
+    ) -> Logits | None:  # fmt: skip
+        """Put a fresh sequence at ``tokens`` on top of its first ``blocks`` imported blocks; the others are dropped.
+
+        ``checkpoint``: the state after 256·blocks = tokens tokens, as if just computed. ``tail``: the state after any
+        number of tokens in block ``blocks``; returns its logits f32 [vocab]. Neither: an exact replay. The caller then
+        prefills from ``tokens`` on by whole chunks; entries below 256·blocks stay, no checkpoint is taken before that,
+        and what is computed from there on is exact (runtime.kv.replay says why).
+        """
+        end = blocks * self.spec.block_tokens
+        if seq.n_tokens or not 0 <= blocks <= len(seq.blocks):
+            raise EngineError(f"{blocks} blocks of {len(seq.blocks)} cannot be resumed after {seq.n_tokens} tokens")
+        if checkpoint is not None and tokens == end > 0 and tail is None:
+            scatter_checkpoint(self.pools, self.layout, seq.slot, checkpoint)
+            seq.checkpoint = (tokens, bytes(checkpoint))
+        elif checkpoint is not None or tail is not None or not self._replays(tokens, end):
+            raise EngineError(f"{tokens} tokens do not go with {blocks} blocks and what else was given")
+        self._free_blocks.extend(reversed(seq.blocks[blocks:]))
+        del seq.blocks[blocks:]
+        seq.n_tokens, seq.kept_tokens = tokens, end
+        return None
+
+    @property
+    def replay_tokens(self) -> int:
+        """R: an exact replay begins that many tokens before the end of the stored blocks; 0: it would never pay."""
+        return self._replay_tokens
+
+    def _replays(self, tokens: int, end: int) -> bool:
+        """Whether a replay from ``tokens`` on is exact from ``end`` on."""
+        if tokens % self.spec.chunk_tokens or tokens > end:
+            return False
+        return tokens == 0 or 0 < self._replay_tokens <= end - tokens
+
     def restore(self, seq: Sequence, blocks: Ids[bytes], checkpoint: bytes) -> None:
         """Put a fresh sequence at 256·len(blocks) tokens, as if it had just been computed up to there."""
-        if seq.n_tokens:
-            raise EngineError("only a fresh sequence can be restored")
-        tokens = len(blocks) * self.spec.block_tokens
-        self._grow(seq, tokens)
-        for block, payload in zip(seq.blocks, blocks, strict=True):
-            scatter_block(self.pools, self.layout, block, payload)
-        scatter_checkpoint(self.pools, self.layout, seq.slot, checkpoint)
-        seq.n_tokens, seq.checkpoint = tokens, (tokens, checkpoint)
+        for index, payload in enumerate(blocks):
+            self.import_block(seq, index, payload)
+        self.resume(seq, len(blocks) * self.spec.block_tokens, checkpoint=checkpoint, blocks=len(blocks))

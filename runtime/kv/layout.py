@@ -24,6 +24,7 @@ LAYOUT_VERSION = 1
 _DTYPES: dict[str, np.dtype[Any]] = {"u8": np.dtype("u1"), "f32": np.dtype("<f4")}
 
 Pools = Mapping[str, npt.NDArray[Any]]
+Payload = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +135,14 @@ def gather_checkpoint(pools: Pools, layout: KvLayout, slot: int) -> bytes:
     return _gather(pools, layout.checkpoint_parts, layout.checkpoint_bytes, slot)
 
 
-def scatter_block(pools: Pools, layout: KvLayout, block_id: int, payload: bytes) -> None:
+def scatter_block(pools: Pools, layout: KvLayout, block_id: int, payload: Payload) -> None:
     """Write a block payload into page ``block_id``; nothing is written when length or pools do not fit (StoreError)."""
     _check_payload(payload, layout.block_bytes)
     _check_pools(pools, [s for s in layout.states if s.paged], block_id)
     _scatter(pools, layout.block_parts, block_id, payload)
 
 
-def scatter_checkpoint(pools: Pools, layout: KvLayout, slot: int, payload: bytes) -> None:
+def scatter_checkpoint(pools: Pools, layout: KvLayout, slot: int, payload: Payload) -> None:
     """Write a checkpoint into ``slot``; every ring cell outside it becomes as for a fresh sequence."""
     _check_payload(payload, layout.checkpoint_bytes)
     _check_pools(pools, [s for s in layout.states if not s.paged], slot)
@@ -170,7 +171,7 @@ def _check_index(index: int) -> None:
         raise EngineError(f"block or slot {index} is reserved and never written; ask for 1 or more")
 
 
-def _check_payload(payload: bytes, size_bytes: int) -> None:
+def _check_payload(payload: Payload, size_bytes: int) -> None:
     if len(payload) != size_bytes:
         raise StoreError(f"KV payload has {len(payload)} bytes, the layout says {size_bytes}; delete the kv directory")
 
@@ -197,7 +198,7 @@ def _gather(pools: Pools, parts: tuple[Part, ...], size_bytes: int, index: int) 
     return payload.tobytes()
 
 
-def _scatter(pools: Pools, parts: tuple[Part, ...], index: int, payload: bytes) -> None:
+def _scatter(pools: Pools, parts: tuple[Part, ...], index: int, payload: Payload) -> None:
     stored = np.frombuffer(payload, np.uint8)
     for part in parts:
         cells = stored[part.offset : part.offset + part.size_bytes].view(_DTYPES[part.dtype]).reshape(part.shape)
