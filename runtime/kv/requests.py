@@ -89,9 +89,11 @@ def entries(db: sqlite3.Connection, since_s: float = 0.0) -> Iterator[Entry]:
         "SELECT at_ms, tenant_id, prompt_tokens, hit_tokens, output_tokens, reason, links FROM request "
         "WHERE at_ms >= ? ORDER BY number"
     )
-    for row in db.execute(query, (int(since_s * 1000),)):
-        links: bytes = row[6]
-        yield Entry(*row[:6], tuple(links[i : i + LINK_BYTES] for i in range(0, len(links), LINK_BYTES)))
+    for at_ms, tenant_id, prompt_tokens, hit_tokens, output_tokens, reason, links in db.execute(
+        query, (int(since_s * 1000),)
+    ):
+        cut = tuple(links[i : i + LINK_BYTES] for i in range(0, len(links), LINK_BYTES))
+        yield Entry(at_ms, tenant_id, prompt_tokens, hit_tokens, output_tokens, reason, cut)
 
 
 def summary(db: sqlite3.Connection) -> Summary:
