@@ -13,6 +13,7 @@ from appliance.cli_output import Output
 from appliance.config import home
 from appliance.errors import SolocardError
 from appliance.store import disk_errors
+from appliance.wire import TENANT_DEFAULT
 
 DESCRIPTION = """\
 Solocard serves DeepSeek-V4-Flash from one machine that has no way to the internet. A model arrives as a signed
@@ -108,6 +109,9 @@ def _key_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     key = _group(commands, "key", "API keys of applications")
     command = _command(key, "new", cli_admin.key_new, "make a key and show it once")
     command.add_argument("name", metavar="NAME", help="who uses it, e.g. my-app")
+    command.add_argument("--tenant", default=TENANT_DEFAULT, metavar="T",
+                         help="whose KV cache its requests use; keys of different tenants share nothing "
+                              "(default %(default)s)")  # fmt: skip
     _command(key, "list", cli_admin.key_list, "names of the keys")
     command = _command(key, "revoke", cli_admin.key_revoke, "forget a key")
     command.add_argument("name", metavar="NAME", help="as `solocard key list` prints it")

@@ -36,19 +36,19 @@ def trust_add(args: argparse.Namespace, out: Output) -> int:
 
 
 def key_new(args: argparse.Namespace, out: Output) -> int:
-    """``solocard key new NAME``: the only time the key is shown."""
-    token = new_key(args.home, args.name)
+    """``solocard key new NAME [--tenant T]``: the only time the key is shown."""
+    token = new_key(args.home, args.name, args.tenant)
     if not out.as_json:
         print("Keep this key; only its SHA-256 is stored and it cannot be shown again.", file=sys.stderr)
-    out.result("key", [token], {"name": args.name, "key": token})
+    out.result("key", [token], {"name": args.name, "tenant": args.tenant, "key": token})
     return 0
 
 
 def key_list(args: argparse.Namespace, out: Output) -> int:
     """``solocard key list``"""
     keys = list_keys(args.home)
-    lines = [f"{key.name:32} {key.created}" for key in keys]
-    data = {"keys": [{"name": key.name, "created": key.created} for key in keys]}
+    lines = [f"{key.name:32} {key.created}  tenant {key.tenant}" for key in keys]
+    data = {"keys": [{"name": key.name, "created": key.created, "tenant": key.tenant} for key in keys]}
     out.result("key", lines or ["no API keys; make one with `solocard key new NAME`"], data)
     return 0
 

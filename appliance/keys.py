@@ -18,6 +18,7 @@ from appliance.errors import StoreError, UsageError
 from appliance.layout import Layout
 from appliance.manifest import canonical_json
 from appliance.trust import utc_now
+from appliance.wire import TENANT_DEFAULT, TENANT_NAME, TENANT_SHARED
 
 PREFIX = "sk-solo-"
 MAX_KEYS = 1000
@@ -32,6 +33,7 @@ class ApiKey:
     name: str
     sha256: str
     created: str  # UTC, e.g. 2026-11-22T03:04:05Z
+    tenant: str = TENANT_DEFAULT  # whose KV cache its requests use
 
     def matches(self, token: str) -> bool:
         """Constant-time comparison with the key's text."""
@@ -43,10 +45,15 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def new_key(home: Path, name: str) -> str:
-    """Make and store a key; the return value is the only copy of its text. UsageError: bad name, or name in use."""
+def new_key(home: Path, name: str, tenant: str = TENANT_DEFAULT) -> str:
+    """Make and store a key; the return value is the only copy of its text.
+
+    Keys of one ``tenant`` share what the KV cache holds of their prompts, keys of different ones never do. UsageError:
+    bad name or tenant, or name in use.
+    """
     if not _NAME.fullmatch(name):
         raise UsageError(f"key name {name!r}: up to 32 of a-z, 0-9, - and _, beginning with a letter or digit")
+    check_tenant(tenant)
     directory = _directory(home)
     path = directory / f"{name}.json"
     if path.exists():
@@ -54,9 +61,19 @@ def new_key(home: Path, name: str) -> str:
     if len(list(directory.glob("*.json"))) >= MAX_KEYS:
         raise UsageError(f"there are {MAX_KEYS:,} keys already; revoke some first")
     token = PREFIX + secrets.token_urlsafe(32)
-    record = {"created": f"{utc_now():%Y-%m-%dT%H:%M:%SZ}", "name": name, "sha256": hash_token(token)}
+    record = {
+        "created": f"{utc_now():%Y-%m-%dT%H:%M:%SZ}", "name": name, "sha256": hash_token(token), "tenant": tenant,
+    }  # fmt: skip
     write_synced(path, canonical_json(record), mode=0o600)
     return token
+
+
+def check_tenant(tenant: str) -> None:
+    """UsageError unless ``tenant`` is the name of a tenant that may have keys."""
+    if not TENANT_NAME.fullmatch(tenant):
+        raise UsageError(f"tenant {tenant[:60]!r}: up to 32 of a-z, 0-9, - and _, beginning with a letter or digit")
+    if tenant == TENANT_SHARED:
+        raise UsageError(f"tenant {tenant!r} is reserved for approved system prompts; choose another name")
 
 
 def list_keys(home: Path) -> list[ApiKey]:
@@ -91,9 +108,10 @@ def _directory(home: Path) -> Path:
 def _read(path: Path) -> ApiKey:
     try:
         raw = json.loads(path.read_bytes())
-        key = ApiKey(raw["name"], raw["sha256"], raw["created"])
+        key = ApiKey(raw["name"], raw["sha256"], raw["created"], raw.get("tenant", TENANT_DEFAULT))
         if key.name != path.stem or not _SHA256.fullmatch(key.sha256) or not isinstance(key.created, str):
             raise ValueError("fields")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        check_tenant(key.tenant)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError):
         raise StoreError(f"{path} is damaged or unreadable; remove it and make the key anew") from None
     return key

@@ -19,6 +19,9 @@ FULL = "full"  # the profile every bundle has: all experts, graph model.onnx
 # Why a prompt, or a part of it, was computed and not read; docs/operations.md has a sentence for each.
 MISS_REASONS = ("too-short", "no-unit", "fingerprint", "ttl", "evicted", "corrupt", "policy")
 PROFILE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # whose KV cache an API key uses
+TENANT_DEFAULT = "default"
+TENANT_SHARED = "shared"  # reserved: approved system prompts, read by every tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 from serve_support import FakeEngine, FakeKv, tokenizer
 
 from appliance.config import Config
+from runtime.server.auth import Caller
 from runtime.server.serve import LOG_FILE, Ending, build_service, log_to, serve
 
 KEY, KEY_NAME, BUNDLE_ID = "sk-test-0123456789", "tester", "toy-1-0123456789ab"
@@ -42,7 +43,7 @@ class LiveServer:
         limits, server = options.pop("limits", {}), options.pop("server", {})
         self.config = toy_config(**server)
         self.service = build_service(
-            self.config, engine, tokenizer(), kv, verify={KEY: KEY_NAME}.get, bundle_id=BUNDLE_ID,
+            self.config, engine, tokenizer(), kv, verify={KEY: Caller(KEY_NAME)}.get, bundle_id=BUNDLE_ID,
             backend_description="toy", arithmetic={"backend": "toy"}, notes=("unverified on hardware",), **options,
         )  # fmt: skip
         self.service.limits = replace(self.service.limits, **limits)

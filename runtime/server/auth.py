@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from appliance.errors import RequestError
+from appliance.wire import TENANT_DEFAULT
 
-KeyCheck = Callable[[str], str | None]  # token → name of the key, None when there is no such key
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the name of the key, and the tenant whose KV cache the request uses."""
+
+    name: str
+    tenant: str = TENANT_DEFAULT
+
+
+NOBODY = Caller("-")  # on the paths that need no key
+KeyCheck = Callable[[str], Caller | None]  # token → whose key it is, None when there is no such key
 OPEN_PATHS = frozenset({"/health"})
 MAX_KEY_CHARS = 256
 _HELP = "send a key as `Authorization: Bearer …`; `solocard key new NAME` makes one"
@@ -34,17 +46,17 @@ def check_host(headers: Mapping[bytes, bytes]) -> None:
         )  # fmt: skip
 
 
-def key_name(path: str, headers: Mapping[bytes, bytes], verify: KeyCheck) -> str:
-    """The caller's key name, ``-`` for open paths. Raises RequestError 401; the message never repeats the key."""
+def identify(path: str, headers: Mapping[bytes, bytes], verify: KeyCheck) -> Caller:
+    """Who is asking, ``NOBODY`` on open paths. Raises RequestError 401; the message never repeats the key."""
     if path in OPEN_PATHS:
-        return "-"
+        return NOBODY
     token = _token(headers)
     if not token:
         raise _unauthorized(f"no API key; {_HELP}")
-    name = verify(token) if len(token) <= MAX_KEY_CHARS else None
-    if name is None:
+    caller = verify(token) if len(token) <= MAX_KEY_CHARS else None
+    if caller is None:
         raise _unauthorized(f"this API key is not known here; {_HELP}")
-    return name
+    return caller
 
 
 def header_map(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from appliance.errors import RequestError, SolocardError
 from runtime.request import Delta, Failed, Finished, Request, Usage
-from runtime.server.auth import check_host, header_map, key_name
+from runtime.server.auth import NOBODY, Caller, check_host, header_map, identify
 from runtime.server.limits import MAX_HEADER_BYTES, ClientGoneError, Receive, read_body
 from runtime.server.openai import ChatWriter, error_body, model_body
 from runtime.server.service import Service
@@ -39,7 +39,7 @@ class Exchange:
     method: str
     path: str
     route: str = "other"
-    key: str = "-"
+    caller: Caller = NOBODY
     status: int = 0
     usage: Usage | None = None
     reason: str = "-"
@@ -52,7 +52,7 @@ class Exchange:
             f" out={usage.completion_tokens} kv={usage.miss_reason or 'hit'} finish={self.reason}"
         )
         return (
-            f"{self.id} key={self.key} {self.method} {self.route} {self.status}"
+            f"{self.id} key={self.caller.name} {self.method} {self.route} {self.status}"
             f"{counts if self.usage else ''} total_s={time.monotonic() - self.started_s:.3f}"
         )
 
@@ -76,7 +76,7 @@ def build_app(service: Service) -> App:
                     f"the headers are larger than {MAX_HEADER_BYTES} bytes", status=431, code="headers_too_large"
                 )
             check_host(headers)
-            exchange.key = key_name(exchange.path, headers, service.verify)
+            exchange.caller = identify(exchange.path, headers, service.verify)
             handler = _route(routes, service, exchange)
             await handler(exchange, receive, reply.send)
         except ClientGoneError:

@@ -43,13 +43,37 @@ def test_bad_names(tmp_path, name):
         revoke_key(tmp_path, name)
 
 
+def test_a_key_names_its_tenant(tmp_path):
+    new_key(tmp_path, "a")
+    new_key(tmp_path, "b", "lab-2")
+    assert [key.tenant for key in list_keys(tmp_path)] == ["default", "lab-2"]
+
+
+@pytest.mark.parametrize("tenant", ["", "../x", "A", "a b", "x" * 33, "a/b", "a\n", "shared"])
+def test_bad_tenants(tmp_path, tenant):
+    with pytest.raises(UsageError, match="tenant"):
+        new_key(tmp_path, "app", tenant)
+    assert list_keys(tmp_path) == []
+
+
+def test_a_key_from_before_tenants_is_the_default_tenants(tmp_path):
+    new_key(tmp_path, "app")
+    path = tmp_path / "keys" / "app.json"
+    path.write_text(path.read_text().replace(',"tenant":"default"', ""))
+    assert list_keys(tmp_path)[0].tenant == "default"
+
+
 def test_a_name_is_used_once(tmp_path):
     new_key(tmp_path, "app")
     with pytest.raises(UsageError, match="exists"):
         new_key(tmp_path, "app")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"created":"x","name":"app","sha256":"short"}'])
+@pytest.mark.parametrize("text", [
+    "", "{}", "[]", '{"created":"x","name":"app","sha256":"short"}',
+    '{"created":"x","name":"app","sha256":"' + "0" * 64 + '","tenant":"shared"}',
+    '{"created":"x","name":"app","sha256":"' + "0" * 64 + '","tenant":5}',
+])  # fmt: skip
 def test_a_damaged_key_file_is_named(tmp_path, text):
     token = new_key(tmp_path, "app")
     (tmp_path / "keys" / "app.json").write_text(text)

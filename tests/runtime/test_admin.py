@@ -21,6 +21,7 @@ from appliance.keys import new_key, revoke_key
 from appliance.server_link import read_status
 from appliance.wire import ADMIN_SOCKET
 from runtime.server.admin import bind_admin_socket, tail_lines
+from runtime.server.auth import Caller
 from runtime.server.keys import KeyFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,39 +107,55 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path) -> None:
 def test_keys_come_and_go_without_a_restart(tmp_path) -> None:
     folder = KeyFolder(tmp_path / "keys")
     assert folder.verify("sk-any") is None
-    first, second = new_key(tmp_path, "first"), new_key(tmp_path, "second")
-    assert (folder.verify(first), folder.verify(second)) == ("first", "second")
+    first, second = new_key(tmp_path, "first"), new_key(tmp_path, "second", "lab")
+    assert (folder.verify(first), folder.verify(second)) == (Caller("first"), Caller("second", "lab"))
     assert folder.verify(first + "x") is None
     revoke_key(tmp_path, "first")
     assert folder.verify(first) is None
-    assert folder.verify(second) == "second"
+    assert folder.verify(second) == Caller("second", "lab")
 
 
 def test_two_changes_within_one_tick_of_the_clock_are_both_seen(tmp_path) -> None:
     first = new_key(tmp_path, "first")
     folder, now_s = KeyFolder(tmp_path / "keys"), time.time()
     os.utime(tmp_path / "keys", (now_s, now_s))
-    assert folder.verify(first) == "first"
+    assert folder.verify(first) == Caller("first")
     second = new_key(tmp_path, "second")
     os.utime(tmp_path / "keys", (now_s, now_s))
-    assert folder.verify(second) == "second"
+    assert folder.verify(second) == Caller("second")
 
 
 def test_a_settled_folder_is_not_read_again(tmp_path, monkeypatch) -> None:
     token = new_key(tmp_path, "first")
     os.utime(tmp_path / "keys", (time.time() - 60,) * 2)
     folder = KeyFolder(tmp_path / "keys")
-    assert folder.verify(token) == "first"
+    assert folder.verify(token) == Caller("first")
     monkeypatch.setattr("runtime.server.keys._read", lambda path: pytest.fail("read again"))
-    assert folder.verify(token) == "first"
+    assert folder.verify(token) == Caller("first")
 
 
 def test_a_damaged_key_file_is_one_key_less(tmp_path, caplog) -> None:
     token = new_key(tmp_path, "good")
     for name, text in (("broken", "{"), ("list", "[]"), ("fields", '{"name": "fields", "sha256": "00"}')):
         (tmp_path / f"keys/{name}.json").write_text(text)
-    assert KeyFolder(tmp_path / "keys").verify(token) == "good"
+    assert KeyFolder(tmp_path / "keys").verify(token) == Caller("good")
     assert all(f"{name}.json" in caplog.text for name in ("broken", "list", "fields"))
+
+
+@pytest.mark.parametrize("tenant", ['"shared"', '"../x"', '""', "7", "null", '["default"]'])
+def test_a_key_with_an_unusable_tenant_opens_nothing(tmp_path, caplog, tenant: str) -> None:
+    token = new_key(tmp_path, "app")
+    path = tmp_path / "keys/app.json"
+    path.write_text(path.read_text().replace('"tenant":"default"', f'"tenant":{tenant}'))
+    assert KeyFolder(tmp_path / "keys").verify(token) is None
+    assert "app.json" in caplog.text
+
+
+def test_a_key_from_before_tenants_is_the_default_tenants(tmp_path) -> None:
+    token = new_key(tmp_path, "app")
+    path = tmp_path / "keys/app.json"
+    path.write_text(path.read_text().replace(',"tenant":"default"', ""))
+    assert KeyFolder(tmp_path / "keys").verify(token) == Caller("app", "default")
 
 
 # -- the process
