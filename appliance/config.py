@@ -62,7 +62,7 @@ class KvConfig:
     enabled: bool = _setting(True, "", "keep prompt caches on disk across restarts")
     max_bytes: int = _setting(8 << 30, "bytes", "disk space of the cache", 16 << 20, 1 << 44)
     min_free_bytes: int = _setting(1 << 30, "bytes", "free space that the cache leaves on its disk", 0, 1 << 44)
-    daily_write_bytes: int = _setting(0, "bytes", "most it writes in a day (UTC), sparing the disk; 0: no limit", 0, 1 << 50)
+    daily_write_bytes: int = _setting(0, "bytes", "most it writes in a day (UTC); 0: no limit", 0, 1 << 50)
     ttl_hours: int = _setting(72, "h", "how long an unused prompt is kept", 1, 87_600)
     answer_ttl_hours: int = _setting(24, "h", "how long an unused end of an answer is kept", 1, 87_600)
     exact_tails: bool = _setting(False, "", "keep the exact end of every answer, not only of those a stop cuts short")
