@@ -31,6 +31,7 @@ from runtime.kv.layout import (
     scatter_checkpoint,
 )
 from runtime.kv.replay import replay_tokens
+from runtime.kv.tail import gather_tail, scatter_tail
 from runtime.rope import RopeTables
 
 Logits = npt.NDArray[np.float32]
@@ -195,6 +196,15 @@ class Engine:
             raise EngineError(f"block {index} of a sequence of {seq.n_tokens} tokens is not full")
         return gather_block(self.pools, self.layout, seq.blocks[index])
 
+    def export_tail(self, seq: Sequence, logits: Logits) -> bytes:
+        """The exact tail after all tokens of ``seq``; ``logits`` f32 [vocab] are those of its last token."""
+        if not seq.n_tokens or seq.n_tokens < seq.kept_tokens:
+            raise EngineError("a sequence without tokens, or in a replay, has no tail")
+        open_block = seq.blocks[seq.n_tokens // self.spec.block_tokens :]
+        return gather_tail(
+            self.pools, self.layout, seq.slot, open_block[0] if open_block else 0, seq.n_tokens, logits
+        )  # fmt: skip
+
     def import_block(self, seq: Sequence, index: int, payload: Payload) -> None:
         """Put a stored block's payload into block ``index`` of a fresh sequence: 0, 1, 2 … in turn, or one again.
 
@@ -222,12 +232,28 @@ class Engine:
         if checkpoint is not None and tokens == end > 0 and tail is None:
             scatter_checkpoint(self.pools, self.layout, seq.slot, checkpoint)
             seq.checkpoint = (tokens, bytes(checkpoint))
+        elif tail is not None and tokens // self.spec.block_tokens == blocks and tokens and checkpoint is None:
+            return self._resume_tail(seq, tokens, tail, blocks)
         elif checkpoint is not None or tail is not None or not self._replays(tokens, end):
             raise EngineError(f"{tokens} tokens do not go with {blocks} blocks and what else was given")
-        self._free_blocks.extend(reversed(seq.blocks[blocks:]))
-        del seq.blocks[blocks:]
+        self._drop(seq, blocks)
         seq.n_tokens, seq.kept_tokens = tokens, end
         return None
+
+    def _resume_tail(self, seq: Sequence, tokens: int, tail: Payload, blocks: int) -> Logits:
+        self._drop(seq, blocks)
+        self._grow(seq, tokens)
+        open_block = seq.blocks[-1] if len(seq.blocks) > blocks else 0
+        logits = scatter_tail(self.pools, self.layout, seq.slot, open_block, tokens, tail)
+        seq.n_tokens, seq.kept_tokens = tokens, blocks * self.spec.block_tokens
+        if tokens == seq.kept_tokens:
+            seq.checkpoint = (tokens, gather_checkpoint(self.pools, self.layout, seq.slot))
+        return logits
+
+    def _drop(self, seq: Sequence, blocks: int) -> None:
+        """Give all but the first ``blocks`` blocks back."""
+        self._free_blocks.extend(reversed(seq.blocks[blocks:]))
+        del seq.blocks[blocks:]
 
     @property
     def replay_tokens(self) -> int:

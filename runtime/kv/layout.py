@@ -20,8 +20,8 @@ import numpy.typing as npt
 from appliance.errors import BundleError, EngineError, StoreError
 from appliance.model import ModelSpec, StateTensor
 
-LAYOUT_VERSION = 1
-_DTYPES: dict[str, np.dtype[Any]] = {"u8": np.dtype("u1"), "f32": np.dtype("<f4")}
+LAYOUT_VERSION = 2  # of the three payloads; the tail (runtime.kv.tail) follows from states and vocab_size
+DTYPES: dict[str, np.dtype[Any]] = {"u8": np.dtype("u1"), "f32": np.dtype("<f4")}
 
 Pools = Mapping[str, npt.NDArray[Any]]
 Payload = bytes | bytearray | memoryview
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The two payloads of one model; ``layout_id`` (64 hex digits) names the exact byte order."""
+    """Blocks and checkpoints of one model; ``layout_id`` (64 hex digits) names the exact byte order."""
 
     block_tokens: int
     states: tuple[StateTensor, ...]
@@ -54,6 +54,7 @@ class KvLayout:
     checkpoint_parts: tuple[Part, ...]
     block_bytes: int
     checkpoint_bytes: int
+    vocab_size: int
     layout_id: str
 
     @staticmethod
@@ -65,7 +66,7 @@ class KvLayout:
         checkpoint = _lay_out(_checkpoint_pieces(spec))
         return KvLayout(
             spec.block_tokens, spec.states, block, checkpoint, _total(block), _total(checkpoint),
-            _layout_id(spec.block_tokens, block, checkpoint),
+            spec.config.vocab_size, _layout_id(spec, block, checkpoint),
         )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def _lay_out(pieces: Sequence[_Piece]) -> tuple[Part, ...]:
     offset = 0
     for state, rows, columns in pieces:
         shape = (rows[1] - rows[0], sum(stop - start for start, stop in columns))
-        size_bytes = shape[0] * shape[1] * _DTYPES[state.dtype].itemsize
+        size_bytes = shape[0] * shape[1] * DTYPES[state.dtype].itemsize
         parts.append(Part(state.name, offset, size_bytes, shape, state.dtype, rows, columns))
         offset += size_bytes
     return tuple(parts)
@@ -114,13 +115,13 @@ def _total(parts: tuple[Part, ...]) -> int:
     return sum(part.size_bytes for part in parts)
 
 
-def _layout_id(block_tokens: int, block: tuple[Part, ...], checkpoint: tuple[Part, ...]) -> str:
+def _layout_id(spec: ModelSpec, block: tuple[Part, ...], checkpoint: tuple[Part, ...]) -> str:
     def rows(parts: tuple[Part, ...]) -> list[list[Any]]:
         return [[p.state_name, p.offset, p.size_bytes, p.dtype, list(p.rows), [list(c) for c in p.columns]]
                 for p in parts]  # fmt: skip
 
-    described = {"block": rows(block), "block_tokens": block_tokens, "checkpoint": rows(checkpoint),
-                 "version": LAYOUT_VERSION}  # fmt: skip
+    described = {"block": rows(block), "block_tokens": spec.block_tokens, "checkpoint": rows(checkpoint),
+                 "version": LAYOUT_VERSION, "vocab_size": spec.config.vocab_size}  # fmt: skip
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -138,25 +139,26 @@ def gather_checkpoint(pools: Pools, layout: KvLayout, slot: int) -> bytes:
 def scatter_block(pools: Pools, layout: KvLayout, block_id: int, payload: Payload) -> None:
     """Write a block payload into page ``block_id``; nothing is written when length or pools do not fit (StoreError)."""
     _check_payload(payload, layout.block_bytes)
-    _check_pools(pools, [s for s in layout.states if s.paged], block_id)
+    check_pools(pools, [s for s in layout.states if s.paged], block_id)
     _scatter(pools, layout.block_parts, block_id, payload)
 
 
 def scatter_checkpoint(pools: Pools, layout: KvLayout, slot: int, payload: Payload) -> None:
     """Write a checkpoint into ``slot``; every ring cell outside it becomes as for a fresh sequence."""
     _check_payload(payload, layout.checkpoint_bytes)
-    _check_pools(pools, [s for s in layout.states if not s.paged], slot)
-    _reset(pools, layout.states, slot)
+    check_pools(pools, [s for s in layout.states if not s.paged], slot)
+    reset_states(pools, layout.states, slot)
     _scatter(pools, layout.checkpoint_parts, slot, payload)
 
 
 def reset_slot(pools: Pools, spec: ModelSpec, slot: int) -> None:
     """Make ``slot`` as new: windows zero, rings kv 0 and gate −inf (the first and second half of their columns)."""
     _check_index(slot)
-    _reset(pools, spec.states, slot)
+    reset_states(pools, spec.states, slot)
 
 
-def _reset(pools: Pools, states: Sequence[StateTensor], slot: int) -> None:
+def reset_states(pools: Pools, states: Sequence[StateTensor], slot: int) -> None:
+    """As reset_slot, of a slot that was checked."""
     for state in states:
         if state.paged:
             continue
@@ -176,12 +178,13 @@ def _check_payload(payload: Payload, size_bytes: int) -> None:
         raise StoreError(f"KV payload has {len(payload)} bytes, the layout says {size_bytes}; delete the kv directory")
 
 
-def _check_pools(pools: Pools, states: Sequence[StateTensor], index: int) -> None:
+def check_pools(pools: Pools, states: Sequence[StateTensor], index: int) -> None:
+    """EngineError unless page or slot ``index`` of each state is there, of its shape and dtype, and not reserved."""
     _check_index(index)
     for state in states:
         pool = pools.get(state.name)
         wanted = (state.rows, state.width)
-        if pool is None or pool.shape[1:] != wanted or index >= pool.shape[0] or pool.dtype != _DTYPES[state.dtype]:
+        if pool is None or pool.shape[1:] != wanted or index >= pool.shape[0] or pool.dtype != DTYPES[state.dtype]:
             found = "missing" if pool is None else f"{pool.dtype} {list(pool.shape)}"
             raise EngineError(f"state pool {state.name} is {found}: no {state.dtype} {list(wanted)} at {index}")
 
@@ -190,7 +193,7 @@ def _gather(pools: Pools, parts: tuple[Part, ...], size_bytes: int, index: int) 
     _check_index(index)
     payload = np.empty(size_bytes, np.uint8)
     for part in parts:
-        cells = payload[part.offset : part.offset + part.size_bytes].view(_DTYPES[part.dtype]).reshape(part.shape)
+        cells = payload[part.offset : part.offset + part.size_bytes].view(DTYPES[part.dtype]).reshape(part.shape)
         page, at = pools[part.state_name][index, part.rows[0] : part.rows[1]], 0
         for start, stop in part.columns:
             cells[:, at : at + stop - start] = page[:, start:stop]
@@ -201,7 +204,7 @@ def _gather(pools: Pools, parts: tuple[Part, ...], size_bytes: int, index: int) 
 def _scatter(pools: Pools, parts: tuple[Part, ...], index: int, payload: Payload) -> None:
     stored = np.frombuffer(payload, np.uint8)
     for part in parts:
-        cells = stored[part.offset : part.offset + part.size_bytes].view(_DTYPES[part.dtype]).reshape(part.shape)
+        cells = stored[part.offset : part.offset + part.size_bytes].view(DTYPES[part.dtype]).reshape(part.shape)
         page, at = pools[part.state_name][index, part.rows[0] : part.rows[1]], 0
         for start, stop in part.columns:
             page[:, start:stop] = cells[:, at : at + stop - start]
