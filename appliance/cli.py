@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from appliance import cli_admin, cli_models
+from appliance import cli_admin, cli_kv, cli_models
 from appliance.cli_output import Output
 from appliance.config import home
 from appliance.errors import SolocardError
@@ -29,6 +29,7 @@ later:
   solocard status | list               what is served, what is installed
   solocard install …  | rollback       the next model, and back again
   solocard verify --full               read every byte of the current model again
+  solocard kv stats                    the KV cache: how full, how useful, and why prompts miss
   solocard console                     the same in a terminal screen
 """
 EPILOG = """\
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_commands(commands)
     _trust_commands(commands)
     _key_commands(commands)
+    _kv_commands(commands)
     config = _group(commands, "config", "show the configuration")
     _command(config, "show", cli_admin.config_show, "every setting with its value, unit and source")
     for name, run, about in (
@@ -115,6 +117,21 @@ def _key_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _command(key, "list", cli_admin.key_list, "names of the keys")
     command = _command(key, "revoke", cli_admin.key_revoke, "forget a key")
     command.add_argument("name", metavar="NAME", help="as `solocard key list` prints it")
+
+
+def _kv_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kv = _group(commands, "kv", "the KV cache on disk")
+    _command(kv, "stats", cli_kv.stats, "how full it is, what it holds, how often it helps, and why not more often")
+    _command(kv, "verify", cli_kv.verify, "read and authenticate every record; exit code 6 where one is damaged")
+    command = _command(kv, "purge", cli_kv.purge, "destroy a tenant's key: what it stored can never be read again")
+    command.add_argument("tenant", metavar="TENANT", help="as `solocard kv stats` prints it")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    command = _command(kv, "export-trace", cli_kv.export_trace, "write the request log as a trace, without any text")
+    command.add_argument("out", type=Path, metavar="OUT.jsonl", help="a file that does not exist yet")
+    command.add_argument("--since", type=cli_kv.since, metavar="AGE", help="only the newest, e.g. 90m, 12h, 7d, 2w")
+    command = _command(kv, "share", cli_kv.share, "let all tenants share what is stored of one system prompt")
+    command.add_argument("file", type=Path, metavar="FILE", help="the system prompt's text, as requests send it")
+    command.add_argument("--remove", action="store_true", help="take the approval back")
 
 
 def _group(

@@ -35,10 +35,13 @@ class Output:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def result(self, step: str, lines: list[str], data: dict[str, Any]) -> None:
-        """The end of a command that worked: ``lines`` for a person, ``data`` for a program."""
+    def result(self, step: str, lines: list[str], data: dict[str, Any], *, ok: bool = True) -> None:
+        """The end of a command that did its work: ``lines`` for a person, ``data`` for a program.
+
+        ``ok`` is False where what it found is bad; the exit code says so too.
+        """
         if self.as_json:
-            self._line(Progress(step, lines[0] if lines else "", done=True, data=data))
+            self._line(Progress(step, lines[0] if lines else "", done=True, ok=ok, data=data))
         else:
             self._close_line()
             print(readable("\n".join(lines)))

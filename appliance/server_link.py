@@ -8,15 +8,18 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from appliance.errors import SolocardError
 from appliance.layout import Layout
-from appliance.wire import ADMIN_SOCKET, Status
+from appliance.wire import ADMIN_SOCKET, KvReport, Status
 
-MAX_STATUS_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 4 << 20
 POLL_S = 0.1
+Answer = TypeVar("Answer")
 
 
 class ServerDownError(SolocardError):
@@ -45,15 +48,23 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def read_status(home: Path, timeout_s: float = 2.0) -> Status:
     """``GET /admin/v1/status``; ServerDownError when nothing answers, or not with a status."""
+    return _get(home, "/admin/v1/status", Status.from_dict, timeout_s)
+
+
+def read_kv(home: Path, timeout_s: float = 10.0) -> KvReport:
+    """``GET /admin/v1/kv``; ServerDownError when nothing answers, or not with a report (a server older than this)."""
+    return _get(home, "/admin/v1/kv", KvReport.from_dict, timeout_s)
+
+
+def _get(home: Path, target: str, parse: Callable[[dict[str, Any]], Answer], timeout_s: float) -> Answer:
     connection = _UnixConnection(home / ADMIN_SOCKET, timeout_s)
     try:
-        connection.request("GET", "/admin/v1/status")
+        connection.request("GET", target)
         response = connection.getresponse()
-        body = response.read(MAX_STATUS_BYTES)
+        body = response.read(MAX_ANSWER_BYTES)
         if response.status != 200:
             raise ServerDownError(f"{home / ADMIN_SOCKET} answered {response.status}")
-        raw = json.loads(body)
-        return Status.from_dict(raw)
+        return parse(json.loads(body))
     except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError) as error:
         raise ServerDownError(f"no server answers on {home / ADMIN_SOCKET} ({error})") from None
     finally:

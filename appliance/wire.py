@@ -88,7 +88,8 @@ class KvReport:
     status: KvStatus = field(default_factory=KvStatus)
     live: bool = False
     roles: dict[str, int] = field(default_factory=dict)
-    damaged: int = 0
+    damaged: int = 0  # records that failed their check and are not read any more
+    purged_bytes: int = 0  # of tenants whose key is gone: unreadable, not yet freed
     free_bytes: int = 0  # of the file system
     tenants: tuple[KvTenant, ...] = ()
     logged_requests: int = 0

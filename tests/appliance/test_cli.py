@@ -176,8 +176,8 @@ def test_every_command_has_help(home, capsys):
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices
     assert set(commands) == {
-        "install", "rollback", "activate", "list", "verify", "remove", "status", "trust", "key", "config", "serve",
-        "console",
+        "install", "rollback", "activate", "list", "verify", "remove", "status", "trust", "key", "kv", "config",
+        "serve", "console",
     }  # fmt: skip
     for name in commands:
         if name not in ("serve", "console"):
