@@ -15,22 +15,11 @@ import numpy.typing as npt
 
 from appliance.bundle import BuiltBundle
 from appliance.errors import UsageError
-from appliance.wire import FULL
 from runtime.engine import Engine
 from runtime.load import load_engine
 from runtime.schedule import prompt_calls
 
 Logits = npt.NDArray[np.float32]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="a built bundle's directory")
-    parser.add_argument("--ids", type=Path, required=True, help=".npy of token ids, [n] or [p, n] padded with -1")
-    parser.add_argument("--out", type=Path, required=True, help=".npy to write: f32 [n, vocab] or [p, n, vocab]")
-    parser.add_argument("--chunks", help="tokens per call, e.g. 5,3,16,1 (default: 256 at a time, then the tail)")
-    parser.add_argument("--generate", type=int, default=0, metavar="N", help="append N greedy tokens, decoded singly")
-    parser.add_argument("--profile", default=FULL, metavar="ID", help="the bundle's profile to run (default: full)")
-    parser.add_argument("--threads", type=int, default=1, help="onnxruntime intra-op threads (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,6 +43,18 @@ class Approvals:
             raise StoreError(f"{path}: {error.strerror}; nothing was approved") from None
         return path
 
+    def remove(self, text: str) -> bool:
+        """Take an approval back; False when ``text`` had none. StoreError names the file."""
+        path = self._path(hashlib.sha256(text.encode()).digest())
+        try:
+            path.unlink()
+            _sync_directory(path.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}; the approval stays") from None
+        return True
+
     def is_approved(self, text: str) -> bool:
         """Whether exactly ``text`` was approved under this master key; a damaged or forged file approves nothing."""
         digest = hashlib.sha256(text.encode()).digest()
@@ -71,7 +83,11 @@ def _write_whole(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     draft.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
     finally:

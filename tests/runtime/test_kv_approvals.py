@@ -26,6 +26,9 @@ def test_only_the_exact_text_is_approved(tmp_path) -> None:
         assert not approvals.is_approved(other)
     assert approvals.approve(TEXT) == path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert approvals.remove(TEXT)
+    assert not approvals.is_approved(TEXT)
+    assert not approvals.remove(TEXT)
 
 
 def test_the_file_is_an_hmac_under_a_key_of_its_own(tmp_path) -> None:
