@@ -11,9 +11,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,8 +84,13 @@ class Outcome:
         return f"{PROGRAM} ended with exit code {self.exit_code} and said nothing"
 
 
-def run(command: Command, on_progress: Callable[[Progress], None]) -> Outcome:
-    """Run ``command`` to its end, in this thread; ``on_progress`` gets each line as it comes. Raises CommandError."""
+def run(
+    command: Command, on_progress: Callable[[Progress], None], stop: threading.Event | None = None
+) -> Outcome:  # fmt: skip
+    """Run ``command`` to its end, in this thread; ``on_progress`` gets each line as it comes. Raises CommandError.
+
+    Once ``stop`` is set the command and its children are interrupted.
+    """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
             child = subprocess.Popen(
@@ -93,7 +100,7 @@ def run(command: Command, on_progress: Callable[[Progress], None]) -> Outcome:
         except OSError as error:
             raise CommandError(f"{PROGRAM} cannot be started: {error}") from error
         last = None
-        for line in _lines(child, output):
+        for line in _lines(child, output, stop or threading.Event()):
             last = read_progress(line)
             on_progress(last)
         size_bytes = os.fstat(errors.fileno()).st_size
@@ -112,10 +119,13 @@ def executable() -> str:
     return found
 
 
-def _lines(child: subprocess.Popen[bytes], output: IO[bytes]) -> Iterator[str]:
+def _lines(child: subprocess.Popen[bytes], output: IO[bytes], stop: threading.Event) -> Iterator[str]:
     """Lines of ``output`` until ``child`` has ended; the child is always waited for."""
-    kept, read_bytes, ended = b"", 0, False
+    kept, read_bytes, ended, stopped = b"", 0, False, False
     while not ended:
+        if stop.is_set() and not stopped:
+            stopped = True
+            os.killpg(child.pid, signal.SIGINT)  # it leads a process group of its own and is not waited for yet
         ended = child.poll() is not None
         while part := os.pread(output.fileno(), MAX_ERROR_BYTES, read_bytes):  # by offset: the child shares the file
             read_bytes += len(part)
