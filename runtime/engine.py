@@ -22,12 +22,12 @@ from appliance.model import ModelSpec, StateTensor
 from appliance.wire import FULL
 from runtime.backends.base import Arrays, Backend
 from runtime.kv.layout import (
+    BlockWriter,
     KvLayout,
     Payload,
     gather_block,
     gather_checkpoint,
     reset_slot,
-    scatter_block,
     scatter_checkpoint,
 )
 from runtime.kv.replay import replay_tokens
@@ -75,12 +75,14 @@ class Engine:
         self._ratios = sorted({r for r in spec.config.compress_ratios if r})
         blocks = max_sequences * -(-context_tokens // spec.block_tokens) + 1
         self.pools = {s.name: self._pool(s, blocks if s.paged else max_sequences + 1) for s in spec.states}
+        self._block_writer = BlockWriter(self.pools, self.layout)
         self._free_slots = list(range(max_sequences, 0, -1))
         self._free_blocks = list(range(blocks - 1, 0, -1))
 
     @staticmethod
     def _pool(state: StateTensor, count: int) -> npt.NDArray[Any]:
-        pool: npt.NDArray[Any] = np.zeros((count, state.rows, state.width), _NUMPY[state.dtype])
+        pool: npt.NDArray[Any] = np.empty((count, state.rows, state.width), _NUMPY[state.dtype])
+        pool.fill(0)  # written, so that the memory is there: a restore would wait for it longer than for decryption
         if state.kind in ("ring", "iring"):
             pool[:, :, state.width // 2 :] = -np.inf  # gates of tokens before the first
         return pool
@@ -214,7 +216,7 @@ class Engine:
         if seq.n_tokens or not 0 <= index <= len(seq.blocks):
             raise EngineError(f"block {index} cannot follow {len(seq.blocks)} blocks and {seq.n_tokens} tokens")
         self._grow(seq, (max(index + 1, len(seq.blocks))) * self.spec.block_tokens)
-        scatter_block(self.pools, self.layout, seq.blocks[index], payload)
+        self._block_writer.write(seq.blocks[index], payload)
 
     def resume(
         self, seq: Sequence, tokens: int, *, checkpoint: Payload | None = None, tail: Payload | None = None, blocks: int

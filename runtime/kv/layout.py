@@ -138,9 +138,33 @@ def gather_checkpoint(pools: Pools, layout: KvLayout, slot: int) -> bytes:
 
 def scatter_block(pools: Pools, layout: KvLayout, block_id: int, payload: Payload) -> None:
     """Write a block payload into page ``block_id``; nothing is written when length or pools do not fit (StoreError)."""
-    _check_payload(payload, layout.block_bytes)
-    check_pools(pools, [s for s in layout.states if s.paged], block_id)
-    _scatter(pools, layout.block_parts, block_id, payload)
+    BlockWriter(pools, layout).write(block_id, payload)
+
+
+class BlockWriter:
+    """Writes block payloads into the pages of ``pools``, which are checked once and must stay where they are.
+
+    A page is contiguous in its pool and in the payload: each part is one copy, and a block costs hardly more than its
+    bytes do.
+    """
+
+    def __init__(self, pools: Pools, layout: KvLayout) -> None:
+        check_pools(pools, [state for state in layout.states if state.paged], 1)
+        self._block_bytes = layout.block_bytes
+        self._count = min(len(pools[part.state_name]) for part in layout.block_parts) if layout.block_parts else 2
+        self._runs = [
+            (pools[part.state_name].data.cast("B"), part.offset, part.size_bytes) for part in layout.block_parts
+        ]
+
+    def write(self, block_id: int, payload: Payload) -> None:
+        """Copy ``payload`` into page ``block_id``; StoreError for a wrong length, EngineError for a page not there."""
+        _check_payload(payload, self._block_bytes)
+        _check_index(block_id)
+        if block_id >= self._count:
+            raise EngineError(f"block {block_id} is not one of {self._count} pages")
+        view = memoryview(payload)
+        for page, offset, size_bytes in self._runs:
+            page[block_id * size_bytes : (block_id + 1) * size_bytes] = view[offset : offset + size_bytes]
 
 
 def scatter_checkpoint(pools: Pools, layout: KvLayout, slot: int, payload: Payload) -> None:
