@@ -67,6 +67,7 @@ class Metrics:
         self._prefill, self._decode = Rate(window_s, clock), Rate(window_s, clock)
         self._responses: Counter[tuple[str, int]] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._lookups: Counter[str] = Counter()
         self._cancelled = 0
         self._first_token = Histogram(FIRST_TOKEN_BUCKETS_S)
         self._next_token = Histogram(NEXT_TOKEN_BUCKETS_S)
@@ -84,6 +85,12 @@ class Metrics:
         with self._lock:
             self._tokens["prompt"] += prompt_tokens
             self._tokens["hit"] += hit_tokens
+            self._tokens["miss"] += prompt_tokens - hit_tokens
+
+    def looked_up(self, reason: str) -> None:
+        """A prompt was looked up in the KV cache; ``reason`` as in Usage, of which only the first word is counted."""
+        with self._lock:
+            self._lookups[reason.partition(":")[0] or "hit"] += 1
 
     def prefilled(self, tokens: int) -> None:
         with self._lock:
@@ -110,7 +117,7 @@ class Metrics:
         return self._clock() - self._start_s
 
     def tokens(self, kind: str) -> int:
-        """Total since start; ``kind`` is prompt, hit, prefilled or completion."""
+        """Total since start; ``kind`` is prompt, hit, miss, prefilled or completion."""
         with self._lock:
             return self._tokens[kind]
 
@@ -136,12 +143,15 @@ class Metrics:
         for (route, status), count in sorted(self._responses.items()):
             yield f'solocard_http_responses_total{{route="{route}",status="{status}"}} {count}'
         counters = {
-            "prompt_tokens": "prompt", "prefix_cache_hit_tokens": "hit",
+            "prompt_tokens": "prompt", "prefix_cache_hit_tokens": "hit", "prefix_cache_miss_tokens": "miss",
             "prefilled_tokens": "prefilled", "generation_tokens": "completion",
         }
         for name, kind in counters.items():
             yield f"# TYPE solocard_{name}_total counter"
             yield f"solocard_{name}_total {self._tokens[kind]}"
+        yield "# TYPE solocard_kv_lookups_total counter"
+        for reason, count in sorted(self._lookups.items()):
+            yield f'solocard_kv_lookups_total{{reason="{reason}"}} {count}'
         yield "# TYPE solocard_requests_cancelled_total counter"
         yield f"solocard_requests_cancelled_total {self._cancelled}"
         for name, histogram in (

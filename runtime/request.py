@@ -7,7 +7,8 @@ Two threads meet here: the scheduler's (engine and KV calls) and the event loop'
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from appliance.errors import SolocardError
 from appliance.model import ModelSpec
-from appliance.wire import KvStatus
+from appliance.wire import TENANT_DEFAULT, KvStatus
+from runtime.kv.job import KvHit, PutJob, PutResult, Sink
 from runtime.sampler import SamplingParams
 
 Logits = npt.NDArray[np.float32]  # [vocab]
@@ -43,32 +45,32 @@ class EngineLike(Protocol[S]):
     def spec(self) -> ModelSpec: ...
     @property
     def context_tokens(self) -> int: ...
+    @property
+    def replay_tokens(self) -> int: ...
     def open(self) -> S: ...
     def close(self, seq: S) -> None: ...
     def prefill(self, seq: S, ids: Sequence[int]) -> Logits | None: ...
     def decode(self, seq: S, token: int) -> Logits: ...
     def export_block(self, seq: S, index: int) -> bytes: ...
-    def restore(self, seq: S, blocks: Sequence[bytes], checkpoint: bytes) -> None: ...
-
-
-class KvHitLike(Protocol):
-    """A lookup's answer: ``tokens`` is a multiple of 256, 0 on a miss, and then ``reason`` says why."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def blocks(self) -> Sequence[bytes]: ...
-    @property
-    def checkpoint(self) -> bytes | None: ...
-    @property
-    def reason(self) -> str: ...
+    def export_tail(self, seq: S, logits: Logits) -> bytes: ...
+    def import_block(self, seq: S, index: int, payload: memoryview) -> None: ...
+    def resume(
+        self, seq: S, tokens: int, *, checkpoint: bytes | None = None, tail: bytes | None = None, blocks: int
+    ) -> Logits | None: ...
 
 
 class KvLike(Protocol):
-    """What the scheduler needs of the KV store; ``put`` is durable when it returns."""
+    """What a request needs of the KV store (runtime.kv.store says what each means)."""
 
-    def lookup(self, tenant: str, ids: Sequence[int]) -> KvHitLike: ...
-    def put(self, tenant: str, ids: Sequence[int], block: Callable[[int], bytes], checkpoint: bytes) -> object: ...
+    def lookup(
+        self, tenant: str, ids: Sequence[int], sink: Sink, *, replay_tokens: int = 0, tails: bool = False,
+        shared_tokens: int = 0,
+    ) -> KvHit: ...  # fmt: skip
+    def pin(
+        self, tenant: str, ids: Sequence[int], shared_tokens: int = 0
+    ) -> AbstractContextManager[object]: ...
+    def put_all(self, jobs: Sequence[PutJob]) -> list[PutResult]: ...
+    def replay_ids(self, tenant: str, names: Sequence[str]) -> Mapping[str, Sequence[int]]: ...
     def status(self) -> KvStatus: ...
 
 
@@ -81,6 +83,7 @@ class TranscriptLike(Protocol):
     def reasoning_tokens(self) -> int: ...
     def push(self, token: int) -> list[Delta]: ...
     def flush(self) -> list[Delta]: ...
+    def replays(self, tokens: Sequence[int]) -> Mapping[str, Sequence[int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of a request; ``hit_tokens`` of the prompt came from the KV cache, ``miss_reason`` is its word."""
+    """Token counts of a request; ``hit_tokens`` of the prompt came from the KV cache.
+
+    ``miss_reason`` says why it was not the longest usable part, empty when it was.
+    """
 
     prompt_tokens: int
     hit_tokens: int = 0
@@ -122,13 +128,19 @@ Event = Delta | Finished | Failed
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt, what to sample, and where the answer goes. ``emit`` is called on the scheduler's thread."""
+    """A prompt, what to sample, and where the answer goes. ``emit`` is called on the scheduler's thread.
+
+    ``anchor_tokens``: where the prompt's leading part ends that other prompts are likely to share (system message and
+    tools); ``shared_tokens``: how much of it may be shared with every tenant. Both are multiples of 256, 0 for none.
+    """
 
     id: str
     prompt_ids: Sequence[int]
     sampling: SamplingParams
     transcript: TranscriptLike
     emit: Callable[[Event], None]
-    tenant: str = "default"
+    tenant: str = TENANT_DEFAULT
+    anchor_tokens: int = 0
+    shared_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     queued_at_s: float = 0.0  # scheduler clock

@@ -11,15 +11,19 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from appliance.bundle import VerifiedBundle
-from appliance.config import Config
+from appliance.config import Config, KvConfig
 from appliance.errors import EngineError, StoreError
 from runtime import bits
 from runtime.engine import Engine
+from runtime.kv.approvals import APPROVALS, Approvals
 from runtime.kv.fingerprint import Fingerprint, fingerprint
 from runtime.kv.keys import load_master_key
+from runtime.kv.policy import HOUR_S, Policy
+from runtime.kv.record import Role
 from runtime.kv.store import KvStore
 from runtime.load import load_engine
 from runtime.server.keys import KeyFolder
@@ -51,6 +55,7 @@ def serve_current(home: Path, *, profile: str | None = None) -> int:
         bundle_id=bundle.bundle_id, profile=profile, backend_description=engine.backend.description,
         device=engine.backend.device,
         arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
+        is_approved=approved_texts(home) if store else lambda text: False,
         close=store.close if store else lambda: None,
     )  # fmt: skip
 
@@ -96,8 +101,22 @@ def open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Confi
 def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:
     return KvStore.open(
         home / "kv", layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
-        master_key=load_master_key(home / KV_MASTER_KEY), max_bytes=config.kv.max_bytes * config.kv.enabled,
+        master_key=load_master_key(home / KV_MASTER_KEY), policy=kv_policy(config.kv),
     )  # fmt: skip
+
+
+def kv_policy(config: KvConfig) -> Policy:
+    """The bounds of the cache as ``config.yaml`` sets them."""
+    ttl_s = dict.fromkeys(Role, config.ttl_hours * HOUR_S) | {Role.ANSWER: config.answer_ttl_hours * HOUR_S}
+    return Policy(
+        max_bytes=config.max_bytes * config.enabled, min_free_bytes=config.min_free_bytes,
+        daily_write_bytes=config.daily_write_bytes, ttl_s=ttl_s,
+    )  # fmt: skip
+
+
+def approved_texts(home: Path) -> Callable[[str], bool]:
+    """Whether a system prompt may be shared by all tenants (``solocard kv share``)."""
+    return Approvals(home / "kv" / APPROVALS, load_master_key(home / KV_MASTER_KEY)).is_approved
 
 
 def bundle_fingerprint(bundle: VerifiedBundle, engine: Engine) -> Fingerprint:

@@ -29,7 +29,14 @@ class Control:
     literal: str
 
 
-Segment = str | Control
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Ids that stand in a prompt exactly as they were once sampled; never made from what a client sent."""
+
+    ids: tuple[int, ...]
+
+
+Segment = str | Control | Sampled
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -109,19 +116,22 @@ class Tokenizer:
         return token in self._special
 
     def encode(self, segments: Iterable[Segment]) -> list[int]:
-        """Ids of a prompt: control tokens by name, text as bytes and merges only."""
+        """Ids of a prompt: control tokens by name, sampled ids as they are, text as bytes and merges only."""
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Control):
                 ids.append(self.control_id(segment.literal))
+            elif isinstance(segment, Sampled):
+                ids += segment.ids
             else:
                 ids += self.encode_text(segment)
         return ids
 
     def least_tokens(self, segments: Iterable[Segment]) -> int:
         """A lower bound of len(encode(segments)) at the price of a length: text bytes over the longest token's."""
-        size_bytes = sum(len(s.encode("utf-8", "replace")) for s in segments if not isinstance(s, Control))
-        return size_bytes // self._longest_bytes
+        segments = list(segments)
+        size_bytes = sum(len(s.encode("utf-8", "replace")) for s in segments if isinstance(s, str))
+        return size_bytes // self._longest_bytes + sum(len(s.ids) for s in segments if isinstance(s, Sampled))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, none of them a control token whatever ``text`` spells."""
@@ -132,6 +142,19 @@ class Tokenizer:
         """UTF-8 bytes of a token, possibly half a character; empty for an id the tokenizer does not know."""
         literal = self._literals.get(token)
         return self._bytes.get(token, b"") if literal is None else literal.encode()
+
+    def segments(self, ids: Sequence[int]) -> list[Segment]:
+        """The other way round: control tokens by name, what is between them as text, broken UTF-8 as U+FFFD."""
+        found: list[Segment] = []
+        piece = b""
+        for token in ids:
+            literal = self._literals.get(token)
+            if literal is None:
+                piece += self._bytes.get(token, b"")
+                continue
+            found += [piece.decode(errors="replace"), Control(literal)] if piece else [Control(literal)]
+            piece = b""
+        return [*found, piece.decode(errors="replace")] if piece else found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, control tokens as their literals, broken UTF-8 as U+FFFD."""

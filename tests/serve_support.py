@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 
 from appliance.model import BLOCK_TOKENS, ModelConfig, ModelSpec, RopeScaling
-from appliance.wire import KvStatus
+from appliance.wire import TENANT_SHARED, KvStatus
 from runtime.chat.encoding import CONTROL_LITERALS, DSML, END_THINK, EOS, THINK
+from runtime.kv.job import KvHit, Note, PutJob, PutResult, Sink
 from runtime.tokenizer import Tokenizer
 
 VOCAB = 384
@@ -82,6 +86,8 @@ class FakeSequence:
     ids: list[int] = field(default_factory=list)
     checkpoint: tuple[int, bytes] | None = None
     decoded: int = 0
+    imported: list[list[int]] = field(default_factory=list)
+    kept_tokens: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -97,8 +103,9 @@ class FakeEngine:
 
     def __init__(
         self, script: list[int] | None = None, *, context_tokens: int = 4096, step_s: float = 0.0,
-        encoding: str = "dsv4-0731",
+        encoding: str = "dsv4-0731", replay_tokens: int = 0,
     ) -> None:  # fmt: skip
+        self.replay_tokens = replay_tokens
         self.spec, self.context_tokens = model_spec(encoding), context_tokens
         self.script, self.step_s = script, step_s
         self.calls: list[tuple[str, int, int]] = []
@@ -125,7 +132,7 @@ class FakeEngine:
         time.sleep(self.step_s)
         for token in ids:
             seq.ids.append(int(token))
-            if seq.n_tokens % BLOCK_TOKENS == 0:
+            if seq.n_tokens % BLOCK_TOKENS == 0 and seq.n_tokens >= seq.kept_tokens:
                 seq.checkpoint = (seq.n_tokens, json.dumps(seq.ids).encode())
         return self._logits(seq)
 
@@ -152,50 +159,121 @@ class FakeEngine:
         assert len(block) == BLOCK_TOKENS
         return json.dumps(block).encode()
 
-    def restore(self, seq: FakeSequence, blocks: list[bytes], checkpoint: bytes) -> None:
+    def export_tail(self, seq: FakeSequence, logits: np.ndarray) -> bytes:
+        assert np.array_equal(logits, self._logits(seq))
+        return b"tail" + json.dumps(seq.ids).encode()
+
+    def import_block(self, seq: FakeSequence, index: int, payload: memoryview) -> None:
         assert not seq.ids
-        seq.ids = [token for block in blocks for token in json.loads(block)]
-        assert seq.ids == json.loads(checkpoint)
-        seq.checkpoint = (len(seq.ids), checkpoint)
+        assert index <= len(seq.imported)
+        seq.imported[index:] = [json.loads(bytes(payload))]
 
-
-@dataclass
-class FakeHit:
-    tokens: int
-    blocks: list[bytes]
-    checkpoint: bytes | None
-    reason: str
+    def resume(self, seq: FakeSequence, tokens: int, *, checkpoint: bytes | None = None, tail: bytes | None = None,
+               blocks: int) -> np.ndarray | None:  # fmt: skip
+        assert not seq.ids
+        assert len(seq.imported) >= blocks
+        entries = [token for block in seq.imported[:blocks] for token in block]
+        seq.ids, seq.kept_tokens = entries[:tokens], len(entries)
+        if tail is not None:
+            ids = json.loads(tail.removeprefix(b"tail"))
+            assert (len(ids), len(ids) // BLOCK_TOKENS) == (tokens, blocks)
+            seq.ids = ids
+            return self._logits(seq)
+        if checkpoint is not None:
+            assert seq.ids == entries == json.loads(checkpoint)
+            seq.checkpoint = (tokens, checkpoint)
+        else:
+            assert tokens == max(0, blocks * BLOCK_TOKENS - self.replay_tokens) or not blocks
+        return None
 
 
 class FakeKv:
-    """Prefixes in a dict. Blocks are kept once; ``puts`` records how many tokens each put covered."""
+    """Prefixes in dicts, by tenant and ids. ``puts`` records where each stored checkpoint lies, in order.
+
+    ``failing`` is raised by every put; ``forget`` leaves blocks without their checkpoints; ``pinned`` counts.
+    """
 
     def __init__(self) -> None:
         self.checkpoints: dict[tuple[str, tuple[int, ...]], bytes] = {}
         self.blocks: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self.tails: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self.replays: dict[tuple[str, str], list[int]] = {}
         self.puts: list[int] = []
+        self.jobs: list[PutJob] = []
+        self.notes: list[Note] = []
         self.failing: Exception | None = None
+        self.hold = threading.Event()  # puts wait for it
+        self.hold.set()
+        self.pinned = 0
         self._status = KvStatus(enabled=True, max_bytes=1 << 30)
 
-    def lookup(self, tenant: str, ids: list[int]) -> FakeHit:
-        for tokens in range(BLOCK_TOKENS * ((len(ids) - 1) // BLOCK_TOKENS), 0, -BLOCK_TOKENS):
-            checkpoint = self.checkpoints.get((tenant, tuple(ids[:tokens])))
-            if checkpoint is not None:
-                ends = range(BLOCK_TOKENS, tokens + 1, BLOCK_TOKENS)
-                return FakeHit(tokens, [self.blocks[tenant, tuple(ids[:end])] for end in ends], checkpoint, "")
-        return FakeHit(0, [], None, "no-unit" if len(ids) > BLOCK_TOKENS else "too-short")
+    def lookup(self, tenant: str, ids: list[int], sink: Sink, *, replay_tokens: int = 0, tails: bool = False,
+               shared_tokens: int = 0) -> KvHit:  # fmt: skip
+        assert self.pinned
+        whose = functools.partial(self._owner, tenant, shared_tokens)
+        reach = 0
+        while (whose(end := (reach + 1) * BLOCK_TOKENS), tuple(ids[:end])) in self.blocks and end <= len(ids):
+            reach += 1
+        for index in range(reach):  # all of them, as a store may that finds out late where it can begin
+            end = (index + 1) * BLOCK_TOKENS
+            sink(index, memoryview(self.blocks[whose(end), tuple(ids[:end])]))
+        common = reach * BLOCK_TOKENS
+        lengths = range(len(ids) - 1, 0, -1) if tails else ()
+        tail = next((n for n in lengths if (tenant, tuple(ids[:n])) in self.tails), 0)
+        boundary = BLOCK_TOKENS * ((len(ids) - 1) // BLOCK_TOKENS)
+        ends = range(boundary, 0, -BLOCK_TOKENS)
+        tokens = next((n for n in ends if (whose(n), tuple(ids[:n])) in self.checkpoints), 0)
+        if tail > tokens:
+            return KvHit(tail, tail // BLOCK_TOKENS, None, self.tails[tenant, tuple(ids[:tail])], False, "", common)
+        reason = "" if tokens == boundary else "no-unit"
+        if replay_tokens and (start := min(common, boundary) - replay_tokens) > tokens:
+            return KvHit(start, min(common, boundary) // BLOCK_TOKENS, None, None, True, "no-unit", common)
+        if tokens:
+            checkpoint = self.checkpoints[whose(tokens), tuple(ids[:tokens])]
+            return KvHit(tokens, tokens // BLOCK_TOKENS, checkpoint, None, False, reason, common)
+        return KvHit(0, 0, None, None, False, "no-unit" if boundary else "too-short", common)
 
-    def put(self, tenant: str, ids: list[int], block, checkpoint: bytes) -> None:
+    @contextlib.contextmanager
+    def pin(self, tenant: str, ids: list[int], shared_tokens: int = 0) -> Iterator[None]:
+        self.pinned += 1
+        try:
+            yield
+        finally:
+            self.pinned -= 1
+
+    def put_all(self, jobs: list[PutJob]) -> list[PutResult]:
+        self.hold.wait(10)
         if self.failing:
             raise self.failing
-        assert len(ids)
-        assert len(ids) % BLOCK_TOKENS == 0
-        self.puts.append(len(ids))
-        for index in range(len(ids) // BLOCK_TOKENS):
-            key = (tenant, tuple(ids[: (index + 1) * BLOCK_TOKENS]))
-            if key not in self.blocks:
-                self.blocks[key] = block(index)
-        self.checkpoints[tenant, tuple(ids)] = checkpoint
+        self.jobs += jobs
+        return [self._put(job) for job in jobs]
+
+    def _put(self, job: PutJob) -> PutResult:
+        whose = functools.partial(self._owner, job.tenant, job.shared_tokens)
+        for index, payload in job.blocks.items():
+            end = (index + 1) * BLOCK_TOKENS
+            assert json.loads(payload) == list(job.ids[end - BLOCK_TOKENS : end])
+            assert self.blocks.setdefault((whose(end), tuple(job.ids[:end])), payload) == payload
+        for unit in job.units:
+            assert unit.tokens % BLOCK_TOKENS == 0 < unit.tokens
+            assert json.loads(unit.payload) == list(job.ids[: unit.tokens])
+            for end in range(BLOCK_TOKENS, unit.tokens + 1, BLOCK_TOKENS):
+                assert (whose(end), tuple(job.ids[:end])) in self.blocks
+            self.checkpoints[whose(unit.tokens), tuple(job.ids[: unit.tokens])] = unit.payload
+            self.puts.append(unit.tokens)
+        if job.tail is not None:
+            self.tails[job.tenant, tuple(job.tail.ids)] = job.tail.payload
+        if job.note is not None:
+            self.notes.append(job.note)
+        self.replays |= {(job.tenant, name): list(ids) for name, ids in job.replays.items()}
+        return PutResult(True)
+
+    def replay_ids(self, tenant: str, names: list[str]) -> dict[str, list[int]]:
+        return {name: self.replays[tenant, name] for name in names if (tenant, name) in self.replays}
+
+    @staticmethod
+    def _owner(tenant: str, shared_tokens: int, end: int) -> str:
+        return TENANT_SHARED if end <= shared_tokens else tenant
 
     def status(self) -> KvStatus:
         return self._status

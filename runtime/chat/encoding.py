@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.errors import RequestError, UsageError
 from runtime.chat.content import Message, ToolCall
-from runtime.tokenizer import Control, Segment
+from runtime.tokenizer import Control, Sampled, Segment
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
@@ -69,6 +69,8 @@ _TOOLS_AFTER = (
     "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 )
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+# An assistant message, its segments without the end token, whether reasoning is among them → what was sampled.
+Replay = Callable[[Message, Sequence[Segment], bool], Sampled | None]
 _TEMPLATE_CONTROL = re.compile(f"({THINK}|{END_THINK}|{DSML})")
 
 
@@ -122,6 +124,13 @@ class _Prompt:
         else:
             self.segments.append(text)
 
+    def add(self, segments: Iterable[Segment]) -> None:
+        for segment in segments:
+            if isinstance(segment, str):
+                self.text(segment)
+            else:
+                self.segments.append(segment)
+
     def template(self, template: str) -> None:
         """Text of our own, in which control tokens are spelled out."""
         for i, piece in enumerate(_TEMPLATE_CONTROL.split(template)):
@@ -142,13 +151,14 @@ class _Turn:
 
 def encode_chat(
     messages: Sequence[Message], dialect: Dialect, *, thinking: bool, effort: str | None = None,
-    tools: Sequence[dict[str, Any]] = (), drop_thinking: bool = True,
+    tools: Sequence[dict[str, Any]] = (), drop_thinking: bool = True, replay: Replay | None = None,
 ) -> list[Segment]:
     """Segments of the prompt, from the begin token to the point where the assistant goes on.
 
     ``effort`` None is the dialect's default. ``tools`` (function objects) go to the first system message, an empty one
     is put in front where there is none. ``drop_thinking`` forgets reasoning before the last user turn, unless tools
-    are there. Raises RequestError 400 for an effort that the dialect lacks or an unknown task.
+    are there. ``replay`` may put the ids that were sampled in an assistant message's place. Raises RequestError 400 for
+    an effort that the dialect lacks or an unknown task.
     """
     prefix = dialect.efforts[dialect.check_effort(dialect.default_effort if effort is None else effort)]
     turns = _sorted_results(_merged(_with_tools(messages, tools)))
@@ -163,16 +173,23 @@ def encode_chat(
     for index, turn in enumerate(turns):
         think_here = thinking and (not dropping or index >= last_user)
         after_task = index > 0 and turns[index - 1].message.task is not None
-        _write_turn(prompt, turn, reasoning=think_here and not after_task)
+        _write_turn(prompt, turn, reasoning=think_here and not after_task, replay=replay)
         last = index + 1 == len(turns)
         if last or turns[index + 1].role in ("assistant", "latest_reminder"):
             _write_handover(prompt, turn, last=last, thinking=thinking, think_here=think_here)
     return prompt.segments
 
 
+def leading_segments(segments: Sequence[Segment]) -> int:
+    """How many segments come before the first turn: the begin token, the effort's text, system message and tools."""
+    ends = (USER, ASSISTANT, REMINDER, EOS, *TASKS.values())
+    found = (i for i, segment in enumerate(segments) if isinstance(segment, Control) and segment.literal in ends)
+    return next(found, len(segments))
+
+
 def render(segments: Iterable[Segment]) -> str:
     """One string, for comparison with published vectors only: a string no longer knows what was control."""
-    return "".join(s.literal if isinstance(s, Control) else s for s in segments)
+    return "".join(s.literal if isinstance(s, Control) else s for s in segments if not isinstance(s, Sampled))
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
@@ -223,10 +240,10 @@ def _without_reasoning(turns: Sequence[_Turn]) -> list[_Turn]:
     return [turn for i, turn in enumerate(turns) if i >= last or turn.role != "developer"]
 
 
-def _write_turn(prompt: _Prompt, turn: _Turn, *, reasoning: bool) -> None:
+def _write_turn(prompt: _Prompt, turn: _Turn, *, reasoning: bool, replay: Replay | None) -> None:
     message = turn.message
     if message.role == "assistant":
-        _write_assistant(prompt, message, reasoning=reasoning)
+        _write_assistant(prompt, message, reasoning=reasoning, replay=replay)
     elif message.role == "latest_reminder":
         prompt.control(REMINDER)
         prompt.text(message.text)
@@ -254,7 +271,18 @@ def _write_instructions(prompt: _Prompt, message: Message) -> None:
         prompt.text(_RESPONSE_FORMAT + _json(message.response_format))
 
 
-def _write_assistant(prompt: _Prompt, message: Message, *, reasoning: bool) -> None:
+def _write_assistant(prompt: _Prompt, message: Message, *, reasoning: bool, replay: Replay | None) -> None:
+    segments = answer_segments(message, reasoning=reasoning)
+    joined = bool(prompt.segments) and isinstance(prompt.segments[-1], str)  # both are one text to the tokenizer
+    sampled = None if replay is None or joined else replay(message, segments, reasoning)
+    prompt.add(segments if sampled is None else [sampled])
+    if not message.open_ended:
+        prompt.control(EOS)
+
+
+def answer_segments(message: Message, *, reasoning: bool) -> list[Segment]:
+    """What the assistant wrote, from where the prompt handed over to it up to its end token, without that."""
+    prompt = _Prompt()
     if reasoning:
         prompt.text(message.reasoning)
         prompt.control(END_THINK)
@@ -265,14 +293,13 @@ def _write_assistant(prompt: _Prompt, message: Message, *, reasoning: bool) -> N
             prompt.text("\n" if i else "")
             _write_call(prompt, call)
         prompt.template(f"\n</{DSML}tool_calls>")
-    if not message.open_ended:
-        prompt.control(EOS)
+    return prompt.segments
 
 
 def _write_call(prompt: _Prompt, call: ToolCall) -> None:
     prompt.template(f"<{DSML}invoke name=\"")
     prompt.text(f'{call.name}">\n')
-    for i, (key, value) in enumerate(_arguments(call).items()):
+    for i, (key, value) in enumerate(call_arguments(call).items()):
         prompt.text("\n" if i else "")
         prompt.template(f"<{DSML}parameter name=\"")
         is_text = isinstance(value, str)
@@ -281,7 +308,7 @@ def _write_call(prompt: _Prompt, call: ToolCall) -> None:
     prompt.template(f"\n</{DSML}invoke>")
 
 
-def _arguments(call: ToolCall) -> dict[str, Any]:
+def call_arguments(call: ToolCall) -> dict[str, Any]:
     """The call's arguments; what is no JSON object goes in whole, as one parameter named ``arguments``."""
     try:
         parsed = json.loads(call.arguments)

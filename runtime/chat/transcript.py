@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from runtime.chat.encoding import END_THINK, THINK
+from runtime.chat.encoding import END_THINK, EOS, THINK
 from runtime.chat.reasoning import ReasoningSplitter
+from runtime.chat.replay import replays_of
 from runtime.chat.stops import StopScanner
-from runtime.request import Delta
+from runtime.request import Delta, DeltaKind
 from runtime.tokenizer import TextStream, Tokenizer
 
 
@@ -24,6 +25,8 @@ class Transcript:
         self._splitter = ReasoningSplitter(thinking=thinking)
         self._scanner = StopScanner(stop)
         self._reasoning_tokens = 0
+        self._thinking = thinking
+        self._said: dict[DeltaKind, list[str]] = {"reasoning": [], "content": []}  # what the client was shown
 
     @property
     def stopped(self) -> bool:
@@ -51,7 +54,15 @@ class Transcript:
         """Everything still held back; call once, at the end."""
         deltas = self._shown([*self._splitter.text(self._text.flush()), *self._splitter.flush()])
         rest = self._scanner.flush()
-        return [*deltas, Delta("content", rest)] if rest else deltas
+        return [*deltas, *self._noted([Delta("content", rest)] if rest else [])]
+
+    def replays(self, tokens: Sequence[int]) -> Mapping[str, Sequence[int]]:
+        """After :meth:`flush`: what to keep so that this answer of ``tokens``, sent back, gives the same ids again."""
+        reasoning, content = "".join(self._said["reasoning"]), "".join(self._said["content"])
+        return replays_of(
+            self._tokenizer, tokens, reasoning=reasoning if self._thinking else None, content=content,
+            end_id=self._tokenizer.control_id(EOS),
+        )  # fmt: skip
 
     def _shown(self, deltas: list[Delta]) -> list[Delta]:
         shown = []
@@ -59,4 +70,9 @@ class Transcript:
             text = delta.text if delta.kind == "reasoning" else self._scanner.push(delta.text)
             if text:
                 shown.append(Delta(delta.kind, text))
-        return shown
+        return self._noted(shown)
+
+    def _noted(self, deltas: list[Delta]) -> list[Delta]:
+        for delta in deltas:
+            self._said[delta.kind].append(delta.text)
+        return deltas

@@ -49,7 +49,8 @@ class Exchange:
         usage = self.usage or Usage(0)
         counts = (
             f" prompt={usage.prompt_tokens} hit={usage.hit_tokens} miss={usage.prompt_tokens - usage.hit_tokens}"
-            f" out={usage.completion_tokens} kv={usage.miss_reason or 'hit'} finish={self.reason}"
+            f" out={usage.completion_tokens} kv={usage.miss_reason.replace(' ', '') or 'hit'} finish={self.reason}"
+            f" tenant={self.caller.tenant}"
         )
         return (
             f"{self.id} key={self.caller.name} {self.method} {self.route} {self.status}"
@@ -192,7 +193,9 @@ class _Chat:
     async def __call__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         service, answer = self.service, Answer()
         body = await read_body(receive, service.limits)
-        chat, request = await asyncio.to_thread(service.prepare, body, exchange.id, answer.emit)
+        chat, request = await asyncio.to_thread(
+            service.prepare, body, exchange.id, answer.emit, exchange.caller.tenant
+        )  # fmt: skip
         writer = ChatWriter(
             f"chatcmpl-{secrets.token_hex(12)}", service.info.model, service.info.bundle_id, int(time.time()),
             chat.thinking, chat.include_usage,

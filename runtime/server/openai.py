@@ -157,14 +157,17 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage with DeepSeek's two cache fields; hit + miss = prompt."""
+    """OpenAI's usage with DeepSeek's two cache fields; hit + miss = prompt. Of ours: why not all that could hit did."""
+    cached: dict[str, Any] = {"cached_tokens": usage.hit_tokens}
+    if usage.miss_reason:
+        cached["cache_miss_reason"] = usage.miss_reason
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_cache_hit_tokens": usage.hit_tokens,
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.hit_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.hit_tokens},
+        "prompt_tokens_details": cached,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 

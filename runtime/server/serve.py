@@ -49,7 +49,7 @@ def build_service(
     config: Config, engine: EngineLike[Any], tokenizer: Tokenizer, kv: KvLike | None, *, verify: KeyCheck,
     bundle_id: str, backend_description: str, profile: str = FULL, device: str = "CPU",
     arithmetic: Mapping[str, Any] | None = None, notes: tuple[str, ...] = (), reuse_mixed: bool = False,
-    tenant: str = "default",
+    is_approved: Callable[[str], bool] = lambda text: False,
 ) -> Service:  # fmt: skip
     """The parts, checked against each other. Raises UsageError for an unknown dialect, EngineError for a tokenizer
     that lacks the dialect's control tokens."""
@@ -59,10 +59,13 @@ def build_service(
         spec.name, bundle_id, spec.encoding, spec.numerics, backend_description, device, engine.context_tokens,
         _version(), dict(arithmetic or {}), notes, profile,
     )  # fmt: skip
-    scheduler = Scheduler(engine, kv, queue_depth=config.server.queue_depth, reuse_mixed=reuse_mixed)
+    scheduler = Scheduler(
+        engine, kv, queue_depth=config.server.queue_depth, reuse_mixed=reuse_mixed, exact_tails=config.kv.exact_tails
+    )  # fmt: skip
     return Service(
         info, tokenizer, dialect(spec.encoding), scheduler, verify, kv.status if kv is not None else KvStatus,
-        Limits(max_body_bytes=config.server.max_body_bytes), config.generation.max_tokens_default, tenant,
+        Limits(max_body_bytes=config.server.max_body_bytes), config.generation.max_tokens_default,
+        kv.replay_ids if kv is not None else lambda tenant, names: {}, is_approved,
     )  # fmt: skip
 
 

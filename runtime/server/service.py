@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from appliance.errors import RequestError
-from appliance.wire import FULL, KvStatus, Status
-from runtime.chat.encoding import Dialect, encode_chat
+from appliance.wire import FULL, TENANT_DEFAULT, KvStatus, Status
+from runtime.chat.content import Message
+from runtime.chat.encoding import Dialect, encode_chat, leading_segments
+from runtime.chat.replay import Replays
 from runtime.chat.transcript import Transcript
 from runtime.request import Event, Request
+from runtime.schedule import whole_blocks
 from runtime.scheduler import Scheduler
 from runtime.server.auth import KeyCheck
 from runtime.server.limits import Limits, parse_json
 from runtime.server.openai import ChatRequest, parse_chat
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Segment, Tokenizer
 
-TENANT_DEFAULT = "default"
+_log = logging.getLogger("solocard.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +59,63 @@ class Service:
     kv_status: Callable[[], KvStatus]
     limits: Limits = field(default_factory=Limits)
     max_tokens_default: int = 1024
-    tenant: str = TENANT_DEFAULT
+    replay_ids: Callable[[str, Sequence[str]], Mapping[str, Sequence[int]]] = lambda tenant, names: {}
+    is_approved: Callable[[str], bool] = lambda text: False  # a system prompt that all tenants may share
     state: Literal["starting", "ready", "draining"] = "starting"
     started_s: int = field(default_factory=lambda: int(time.time()))
 
-    def prepare(self, body: bytes, request_id: str, emit: Callable[[Event], None]) -> tuple[ChatRequest, Request]:
+    def prepare(
+        self, body: bytes, request_id: str, emit: Callable[[Event], None], tenant: str = TENANT_DEFAULT
+    ) -> tuple[ChatRequest, Request]:
         """Parse, check, encode and measure a chat request: everything that can be refused before it is queued.
 
         Takes CPU time in proportion to the body, so the event loop runs it in a thread. Raises RequestError.
         """
         chat = parse_chat(parse_json(body), self.dialect, self.info.names)
-        segments = encode_chat(chat.messages, self.dialect, thinking=chat.thinking, effort=chat.effort)
-        segments = list(segments)
+        segments = self._encode(chat, tenant)
         self._max_tokens(self.tokenizer.least_tokens(segments), chat.max_tokens)  # before minutes of tokenizing
-        prompt_ids = self.tokenizer.encode(segments)
+        leading = leading_segments(segments)
+        prompt_ids = self.tokenizer.encode(segments[:leading])
+        anchor_tokens = whole_blocks(len(prompt_ids))
+        prompt_ids += self.tokenizer.encode(segments[leading:])
         sampling = chat.sampling(self._max_tokens(len(prompt_ids), chat.max_tokens))
         transcript = Transcript(self.tokenizer, thinking=chat.thinking, stop=chat.stop)
-        return chat, Request(request_id, prompt_ids, sampling, transcript, emit, self.tenant)
+        shared_tokens = self._shared_tokens(chat, prompt_ids) if anchor_tokens else 0
+        return chat, Request(
+            request_id, prompt_ids, sampling, transcript, emit, tenant, anchor_tokens, shared_tokens
+        )  # fmt: skip
+
+    def _encode(self, chat: ChatRequest, tenant: str) -> list[Segment]:
+        """The prompt, with answers of before as they were sampled where that is known."""
+        replays = Replays(self.tokenizer)
+        segments = encode_chat(
+            chat.messages, self.dialect, thinking=chat.thinking, effort=chat.effort, replay=replays.collect
+        )  # fmt: skip
+        try:
+            if not replays.look_up(lambda names: self.replay_ids(tenant, names)):
+                return segments
+        except Exception:
+            _log.exception("sampled answers cannot be read from the KV cache; going on with the tokenizer's way")
+            return segments
+        return encode_chat(
+            chat.messages, self.dialect, thinking=chat.thinking, effort=chat.effort, replay=replays.ids
+        )  # fmt: skip
+
+    def _shared_tokens(self, chat: ChatRequest, prompt_ids: Sequence[int]) -> int:
+        """How much of the prompt is nothing but an approved system prompt (and our template), in whole blocks.
+
+        Compared in ids with a prompt that has only that text: what follows it, tools too, belongs to the tenant.
+        """
+        first = chat.messages[0]
+        if first.role != "system" or not self.is_approved(first.text):
+            return 0
+        alone = encode_chat(
+            [Message("system", first.text)], self.dialect, thinking=chat.thinking, effort=chat.effort
+        )  # fmt: skip
+        approved = self.tokenizer.encode(alone[: leading_segments(alone)])
+        same = next((i for i, pair in enumerate(zip(approved, prompt_ids, strict=False)) if pair[0] != pair[1]),
+                    min(len(approved), len(prompt_ids)))  # fmt: skip
+        return whole_blocks(same)
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         """What may be generated. Raises RequestError ``context_length_exceeded``; only a default is clipped."""

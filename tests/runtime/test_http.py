@@ -374,7 +374,7 @@ def test_the_log_has_counts_and_names_and_no_text(tmp_path) -> None:
             assert word not in log
         assert f"key={KEY_NAME} POST /v1/chat/completions 200 prompt=" in log
         assert " hit=0 miss=" in log
-        assert " kv=off finish=stop total_s=" in log
+        assert " kv=policy finish=stop tenant=default total_s=" in log
         assert f"key={KEY_NAME} POST /v1/chat/completions 400 total_s=" in log
         assert "key=- GET other 401" in log
 
