@@ -1,8 +1,8 @@
 """The few calls of llama.cpp's C interface that the side-by-side needs, through ctypes.
 
 Any shared library that exports ``llama_*`` will do: libllama.so of a build, or a Python package's extension module.
-The parameter structs differ between versions; their first fields have been stable, the flags are found by their
-default values, and a library where that fails is refused.
+The parameter structs grow from version to version; the few fields set here have kept their places, and a library whose
+defaults are not found there is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-ELEMENT_TYPES = {"f32": 0, "f16": 1}
-_TYPE_K = 104  # byte offsets in llama_context_params
-_FLAGS = bytes([0, 1, 1, 1, 1, 0])  # defaults: embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified
+ELEMENT_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+_TYPE_K = (
+    26  # fields n_ctx, n_batch, n_ubatch, n_seq_max are words 0 … 3 of llama_context_params, type_k, type_v 26, 27
+)
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _ERROR = 4  # level of a log line
 
@@ -68,6 +69,9 @@ class Library:
             ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), (pointer, ctypes.c_int32)),
             ("llama_state_seq_save_file", size, (pointer, text, ctypes.c_int32, ids, size)),
             ("llama_state_seq_load_file", size, (pointer, text, ctypes.c_int32, ids, size, ctypes.POINTER(size))),
+            ("llama_get_memory", pointer, (pointer,)),
+            ("llama_memory_seq_pos_max", ctypes.c_int32, (pointer, ctypes.c_int32)),
+            ("llama_memory_seq_rm", ctypes.c_bool, (pointer, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)),
             ("llama_log_set", None, (_LOG_CALLBACK, pointer)), ("llama_backend_init", None, ()),
         ):  # fmt: skip
             call = getattr(c, name)
@@ -89,7 +93,7 @@ class Library:
 
 
 class Model:
-    """A loaded GGUF file. ``f16`` or ``f32`` caches are chosen per :class:`Context`."""
+    """A loaded GGUF file."""
 
     def __init__(self, library: Library, path: Path) -> None:
         self.library, calls = library, library.calls
@@ -105,17 +109,14 @@ class Model:
 class Context:
     """One sequence (number 0) of ``model``.
 
-    ``n_ctx`` tokens of context, batches of 2,048 tokens computed in pieces of 512 (llama.cpp's defaults), and a window
-    cache of the size llama-server gives it unless ``swa_full``.
+    ``n_ctx`` tokens of context, batches of 2,048 tokens computed in pieces of 512, all else as llama.cpp's defaults are.
     """
 
-    def __init__(
-        self, model: Model, n_ctx: int, *, threads: int = 1, cache: str = "f16", swa_full: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Model, n_ctx: int, *, threads: int = 1, cache: str = "f16") -> None:
         self.model, self.library = model, model.library
         calls = model.library.calls
         params = calls.llama_context_default_params()
-        _fill(params, n_ctx, ELEMENT_TYPES[cache], swa_full)
+        _fill(params, n_ctx, ELEMENT_TYPES[cache])
         self.handle = calls.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise LibraryError(f"llama.cpp makes no context of {n_ctx} tokens: {self.library.last_error}")
@@ -151,16 +152,24 @@ class Context:
             return None
         return list(ids[: count.value])
 
+    def clear(self) -> None:
+        """Forget sequence 0."""
+        calls = self.library.calls
+        calls.llama_memory_seq_rm(calls.llama_get_memory(self.handle), 0, -1, -1)
 
-def _fill(params: _Params, n_ctx: int, element_type: int, swa_full: bool) -> None:
-    raw = (ctypes.c_char * ctypes.sizeof(params)).from_buffer(params)
-    head = np.frombuffer(raw, np.uint32)
-    flags = bytes(raw).find(_FLAGS, _TYPE_K + 8)
-    if list(head[:4]) != [512, 2048, 512, 1] or list(head[_TYPE_K // 4 :][:2]) != [1, 1] or not 120 <= flags <= 160:
+    def tokens(self) -> int:
+        """How many tokens llama.cpp says that sequence 0 holds."""
+        calls = self.library.calls
+        last: int = calls.llama_memory_seq_pos_max(calls.llama_get_memory(self.handle), 0)
+        return last + 1
+
+
+def _fill(params: _Params, n_ctx: int, element_type: int) -> None:
+    words = np.frombuffer((ctypes.c_char * ctypes.sizeof(params)).from_buffer(params), np.uint32)
+    if list(words[:4]) != [512, 2048, 512, 1] or list(words[_TYPE_K : _TYPE_K + 2]) != [1, 1]:
         raise LibraryError("llama_context_params of this library has another layout; b11549 is known to work")
-    head[0] = n_ctx
-    head[_TYPE_K // 4 : _TYPE_K // 4 + 2] = element_type
-    raw[flags + 4] = int(swa_full)
+    words[0] = n_ctx
+    words[_TYPE_K : _TYPE_K + 2] = element_type
 
 
 def _tokens(ids: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
