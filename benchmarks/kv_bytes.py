@@ -26,8 +26,8 @@ from kv_support import MASTER_KEY, REAL, TINY, make_fingerprint, make_spec  # no
 
 from appliance.model import BLOCK_TOKENS, ModelConfig  # noqa: E402
 from runtime.kv.layout import KvLayout  # noqa: E402
-from runtime.kv.record import record_bytes  # noqa: E402
-from runtime.kv.store import KvStore  # noqa: E402
+from runtime.kv.record import Role, record_bytes  # noqa: E402
+from runtime.kv.store import KvStore, Policy, PutJob, Unit  # noqa: E402
 
 READ_BYTES = 8 * 1024 * 1024
 
@@ -52,15 +52,17 @@ def fill(directory: Path, layout: KvLayout, blocks: int) -> list[int]:
     ids = [i % REAL.vocab_size for i in range(blocks * BLOCK_TOKENS + 1)]
     store = open_store(directory, layout)
     state = os.urandom(layout.checkpoint_bytes)
-    result = store.put("default", ids[:-1], lambda i: os.urandom(layout.block_bytes), state)
+    for at in range(blocks):  # one block a job: little memory
+        units = [Unit(blocks * BLOCK_TOKENS, Role.PROMPT, state)] if at == blocks - 1 else []
+        result = store.put(PutJob("default", ids[:-1], {at: os.urandom(layout.block_bytes)}, units))
+        assert result.stored, result.reason
     store.close()
-    assert result.stored, result.reason
     return ids
 
 
 def open_store(directory: Path, layout: KvLayout) -> KvStore:
     return KvStore.open(directory, layout=layout, fingerprint=make_fingerprint(layout), master_key=MASTER_KEY,
-                        max_bytes=1 << 40)  # fmt: skip
+                        policy=Policy(max_bytes=1 << 40))  # fmt: skip
 
 
 def print_bytes(name: str, config: ModelConfig, directory: Path, blocks: int) -> list[int]:
@@ -124,7 +126,8 @@ def print_speed(directory: Path, ids: list[int], rounds: int) -> None:
     size = store.status().used_bytes
 
     def restore() -> None:
-        assert store.lookup("default", ids).tokens == len(ids) - 1
+        kept: list[bytes] = []
+        assert store.lookup("default", ids, lambda _, payload: kept.append(bytes(payload))).tokens == len(ids) - 1
 
     calls: dict[str, Callable[[], object]] = {
         "sequential read": lambda: read_all(directory),

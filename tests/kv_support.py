@@ -13,15 +13,19 @@ import os
 import signal
 import sqlite3
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from appliance.model import ModelConfig, ModelSpec, RopeScaling, state_tensors
+from runtime.kv.files import Io
 from runtime.kv.fingerprint import Arithmetic, Fingerprint, fingerprint
 from runtime.kv.layout import KvLayout
-from runtime.kv.segment import Io
-from runtime.kv.store import KvStore, PutResult
+from runtime.kv.record import Role
+from runtime.kv.store import KvHit, KvStore, Policy, PutJob, PutResult, TailUnit, Unit
+from runtime.kv.tail import tail_bytes
 
 REAL = ModelConfig(
     hidden_size=4096, num_hidden_layers=43, vocab_size=129280, num_attention_heads=64, head_dim=512,
@@ -85,10 +89,13 @@ def tiny_layout() -> KvLayout:
 
 
 def open_store(directory: Path, *, master_key: bytes = MASTER_KEY, max_bytes: int = QUOTA, io: Io | None = None,
-               segment_bytes: int = SEGMENT_BYTES, **changes: object) -> KvStore:  # fmt: skip
+               segment_bytes: int = SEGMENT_BYTES, policy: Policy | None = None,
+               clock: Callable[[], float] = time.time, **changes: object) -> KvStore:  # fmt: skip
+    """The tests' store; a change may name any piece of its fingerprint."""
     layout = tiny_layout()
     return KvStore.open(directory, layout=layout, fingerprint=make_fingerprint(layout, **changes),
-                        master_key=master_key, max_bytes=max_bytes, io=io, segment_bytes=segment_bytes)  # fmt: skip
+                        master_key=master_key, policy=policy or Policy(max_bytes=max_bytes), io=io,
+                        segment_bytes=segment_bytes, clock=clock)  # fmt: skip
 
 
 def prompt(chat: int, tokens: int) -> list[int]:
@@ -110,22 +117,62 @@ def _noise(name: str, size_bytes: int) -> bytes:
     return hashlib.shake_128(name.encode()).digest(size_bytes)
 
 
-def put(store: KvStore, chat: int, tokens: int, tenant: str = "default") -> PutResult:
-    return store.put(tenant, prompt(chat, tokens), functools.partial(block_payload, chat),
-                     checkpoint_payload(chat, tokens))  # fmt: skip
+def tail_payload(chat: int, tokens: int) -> bytes:
+    return _noise(f"tail {chat} {tokens}", tail_bytes(tiny_layout(), tokens))
+
+
+def blocks_of(chat: int, tokens: int, first: int = 0) -> dict[int, bytes]:
+    """Index → payload of a chat's whole blocks from ``first`` on."""
+    return {i: block_payload(chat, i) for i in range(first, tokens // 256)}
+
+
+def job(chat: int, tokens: int, tenant: str = "default", role: Role = Role.PROMPT, **more: object) -> PutJob:
+    """All blocks of ``tokens`` tokens of a chat and the checkpoint at their end."""
+    units = [Unit(tokens, role, checkpoint_payload(chat, tokens))]
+    return PutJob(tenant, prompt(chat, tokens), blocks_of(chat, tokens), units, **more)
+
+
+def put(store: KvStore, chat: int, tokens: int, tenant: str = "default", role: Role = Role.PROMPT) -> PutResult:
+    return store.put(job(chat, tokens, tenant, role))
+
+
+def put_tail(store: KvStore, chat: int, tokens: int, tenant: str = "default") -> PutResult:
+    """The exact tail after ``tokens`` tokens of a chat, with the blocks before it."""
+    ids = prompt(chat, tokens)
+    return store.put(PutJob(tenant, ids, blocks_of(chat, tokens), tail=TailUnit(ids, tail_payload(chat, tokens))))
+
+
+def look_up(
+    store: KvStore, ids: Sequence[int], tenant: str = "default", **options: object
+) -> tuple[KvHit, list[bytes]]:  # fmt: skip
+    """A lookup and the blocks it gave that count; the sink checks that they come in order, from 0 up."""
+    seen: list[bytes] = []
+
+    def sink(index: int, payload: memoryview) -> None:
+        assert index == len(seen)
+        seen.append(bytes(payload))
+
+    hit = store.lookup(tenant, ids, sink, **options)
+    assert len(seen) >= hit.blocks
+    return hit, seen[: hit.blocks]
+
+
+def reason(store: KvStore, ids: Sequence[int], tenant: str = "default") -> str:
+    return look_up(store, ids, tenant)[0].reason
 
 
 def assert_hit(store: KvStore, chat: int, tokens: int, more: int = 1, tenant: str = "default") -> None:
     """The lookup of ``tokens + more`` tokens gives exactly the stored boundary ``tokens``, bit by bit."""
-    hit = store.lookup(tenant, prompt(chat, tokens + more))
-    assert (hit.tokens, hit.reason) == (tokens, "" if more <= 256 else "no-unit")
+    hit, blocks = look_up(store, prompt(chat, tokens + more), tenant)
+    assert (hit.tokens, hit.blocks, hit.replay, hit.tail) == (tokens, tokens // 256, False, None)
+    assert hit.reason == "" if more <= 256 else hit.reason in ("no-unit", "evicted")
     assert hit.checkpoint == checkpoint_payload(chat, tokens)
-    assert hit.blocks == [block_payload(chat, i) for i in range(tokens // 256)]
+    assert blocks == [block_payload(chat, i) for i in range(tokens // 256)]
 
 
-def assert_miss(store: KvStore, chat: int, tokens: int, reason: str, tenant: str = "default") -> None:
-    hit = store.lookup(tenant, prompt(chat, tokens))
-    assert (hit.tokens, hit.blocks, hit.checkpoint, hit.reason) == (0, [], None, reason)
+def assert_miss(store: KvStore, chat: int, tokens: int, why: str, tenant: str = "default") -> None:
+    hit, blocks = look_up(store, prompt(chat, tokens), tenant)
+    assert (hit.tokens, blocks, hit.checkpoint, hit.tail, hit.reason) == (0, [], None, None, why)
 
 
 def disk_bytes(directory: Path) -> int:

@@ -17,12 +17,15 @@ HEAVY = ("torch", "onnxscript", "transformers", "onnx_ir")
 
 def chain(folder: Path) -> dict[str, object]:
     """Runs in the child: what came out, as JSON types."""
+    import functools
+
     import numpy as np
     from graph_support import quick_engine
 
     from exporter.sample import write_sample
     from runtime.kv.fingerprint import fingerprint
-    from runtime.kv.store import KvStore
+    from runtime.kv.record import Role
+    from runtime.kv.store import KvStore, Policy, PutJob, Unit
 
     write_sample(folder / "checkpoint", "tiny", seed=3)
     engine = quick_engine(folder / "checkpoint", folder / "bundle", context_tokens=512, max_sequences=2)
@@ -39,13 +42,15 @@ def chain(folder: Path) -> dict[str, object]:
         numerics=engine.spec.numerics, layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
     )  # fmt: skip
     store = KvStore.open(
-        folder / "kv", layout=engine.layout, fingerprint=identity, master_key=bytes(32), max_bytes=1 << 30
-    )
-    stored = store.put("default", ids[:256], lambda index: engine.export_block(seq, index), checkpoint[1])
-    hit = store.lookup("default", ids)
-    store.close()
+        folder / "kv", layout=engine.layout, fingerprint=identity, master_key=bytes(32),
+        policy=Policy(max_bytes=1 << 30),
+    )  # fmt: skip
+    units = [Unit(256, Role.PROMPT, checkpoint[1])]
+    stored = store.put(PutJob("default", ids[:256], {0: engine.export_block(seq, 0)}, units))
     other = engine.open()
-    engine.restore(other, hit.blocks, hit.checkpoint or b"")
+    hit = store.lookup("default", ids, functools.partial(engine.import_block, other))
+    store.close()
+    engine.resume(other, hit.tokens, checkpoint=hit.checkpoint, blocks=hit.blocks)
     warm = [engine.prefill(other, ids[256:])]
     warm.append(engine.decode(other, int(warm[0].argmax())))
     return {

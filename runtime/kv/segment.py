@@ -1,141 +1,195 @@
-"""Segment files ``NNNN.kvs``: append-only, 256 MiB, 4 KiB-aligned records and nothing else.
+"""Segment files ``NNNN.kvs``: append-only, 256 MiB, 4 KiB-aligned records; a full one is sealed with its own index.
 
-``place`` and ``write`` extend the newest file, ``sync`` makes the bytes durable, ``accept`` follows the index's
-commit, ``abandon`` cuts everything off that was not accepted. Bytes beyond an indexed end do not exist: ``recover``
-removes them at the next start.
+``append`` extends the newest file and seals it when the next record does not fit, ``sync`` makes the bytes durable,
+``accept`` follows the index's commit, ``abandon`` cuts everything off that was not accepted. Bytes beyond an indexed
+end do not exist: ``recover`` removes them at the next start.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import dataclasses
 import logging
 import os
 import secrets
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-from appliance.errors import BusyError, StoreError
-from runtime.kv.record import ALIGN_BYTES, EPOCH_BYTES
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from runtime.kv.files import Io
+from runtime.kv.footer import footer_bytes, seal_footer, walk
+from runtime.kv.record import ALIGN_BYTES, EPOCH_BYTES, RecordHeader, seal
 
 SEGMENT_BYTES = 256 * 1024 * 1024
-_READ_AHEAD = 8  # records, at least, that the system is told of before they are read
 _log = logging.getLogger("solocard.kv")
 
 
-class Io:
-    """The calls that can fail or be cut off; tests hand in others that do."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """One file as the index has it: ``end_bytes`` of it count, ``sealed`` ones are never appended to."""
 
-    def pwrite(self, fd: int, data: bytes, offset: int) -> None:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
-
-    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
-        return os.preadv(fd, [buffer], offset)
-
-    def fdatasync(self, fd: int) -> None:
-        os.fdatasync(fd)
-
-    def sync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def commit(self, connection: sqlite3.Connection) -> None:
-        connection.execute("COMMIT")
-
-
-def lock_directory(directory: Path, io: Io) -> int:
-    """Make the store's directory (0700) where needed and lock it for one writer; returns the lock's descriptor.
-
-    Raises BusyError when another process holds it, StoreError when the directory cannot be used.
-    """
-    try:
-        if not directory.is_dir():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            io.sync_directory(directory.parent)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StoreError(f"{directory}: {error.strerror}; the KV cache needs a directory it can write") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise BusyError(f"{directory} is in use by another solocard-serve; stop it first") from None
-    return fd
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a record goes: ``offset`` bytes into segment ``segment``, written by the appender ``epoch``."""
-
-    segment: int
-    offset: int
-    epoch: bytes
+    number: int
+    end_bytes: int
+    sealed: bool
+    created_s: int
 
 
 class Segments:
-    """The files of one store directory. Not thread-safe: the store's lock is around it."""
+    """The files of one store directory. Not thread-safe: the store's write lock is around it.
 
-    def __init__(self, directory: Path, io: Io, segment_bytes: int) -> None:
-        self._directory, self._io, self._segment_bytes = directory, io, segment_bytes
-        self._accepted: dict[int, int] = {}
-        self._pending: dict[int, int] = {}
+    ``cipher`` encrypts the footers (the store's key, no tenant's).
+    """
+
+    def __init__(self, directory: Path, io: Io, segment_bytes: int, cipher: AESGCM) -> None:
+        self._directory, self._io, self._segment_bytes, self._cipher = directory, io, segment_bytes, cipher
+        self._accepted: dict[int, SegmentRow] = {}
+        self._pending: dict[int, SegmentRow] = {}
         self._fds: dict[int, int] = {}
         self._epoch = b""
+        self._packed: list[bytes] = []  # headers in the segment that is appended to, once it is open
+        self._next = 0  # numbers are never used twice while the process lives: a lookup may still hold an old row
         self._new_file = False
+        self.used_bytes = 0  # sum of the accepted ends: what the files hold
 
     def path(self, segment: int) -> Path:
-        return self._directory / f"{segment:04d}.kvs"
+        return segment_path(self._directory, segment)
 
     @property
-    def used_bytes(self) -> int:
-        """Sum of the accepted ends: what the files hold."""
-        return sum(self._accepted.values())
+    def io(self) -> Io:
+        return self._io
 
-    def recover(self, indexed_ends: Mapping[int, int]) -> dict[int, int]:
-        """Cut each file to its indexed end, remove files the index does not know; returns the ends that are left.
+    @property
+    def promised_bytes(self) -> int:
+        """What the files hold, what is written and not yet accepted, and the footer the open segment will get."""
+        number = self.open_segment()
+        footer = 0 if number is None else footer_bytes(self._count(number))
+        return self.total_bytes + footer
 
-        An end below the indexed one means that the file is shorter than it must be: the caller drops those rows.
+    @property
+    def total_bytes(self) -> int:
+        """What the files hold and what is written and not yet accepted."""
+        return sum(row.end_bytes for row in self.rows().values())
+
+    def rows(self) -> dict[int, SegmentRow]:
+        """Every segment, what was written since the last ``accept`` included."""
+        return {**self._accepted, **self._pending}
+
+    def pending(self) -> list[SegmentRow]:
+        """The segments that changed since the last ``accept``."""
+        return list(self._pending.values())
+
+    # -- opening
+
+    def recover(self, indexed: Iterable[SegmentRow]) -> list[SegmentRow]:
+        """Cut each file to its indexed end, remove files the index does not know; returns the rows that got shorter.
+
+        A row with a smaller end than the indexed one means that the file is shorter than it must be.
         """
-        ends: dict[int, int] = {}
+        known, short = {row.number: row for row in indexed}, []
         for path in sorted(self._directory.glob("*.kvs")):
-            number, size_bytes = int(path.stem) if path.stem.isdecimal() else -1, path.stat().st_size
-            end = min(indexed_ends.get(number, 0), size_bytes // ALIGN_BYTES * ALIGN_BYTES)
-            if number < 0 or end == 0:
-                path.unlink()
+            number = int(path.stem) if path.stem.isdecimal() else -1
+            row = known.pop(number, None)
+            if row is None or row.end_bytes <= 0 or path != self.path(number):
+                self._io.unlink(path)
                 continue
+            size_bytes = path.stat().st_size
+            end = min(row.end_bytes, size_bytes // ALIGN_BYTES * ALIGN_BYTES)
             if end != size_bytes:
-                os.truncate(path, end)
-            ends[number] = end
-        self._accepted = dict(ends)
-        return {number: ends.get(number, 0) for number in indexed_ends}
+                self._io.truncate(path, end)
+            if end != row.end_bytes:
+                row = dataclasses.replace(row, end_bytes=end, sealed=True)  # what is left is never appended to
+                short.append(row)
+            if end:
+                self._accepted[number] = row
+            else:
+                self._io.unlink(path)
+        short += [dataclasses.replace(row, end_bytes=0) for row in known.values()]
+        self._next = 1 + max(self._accepted, default=-1)
+        self._add_up()
+        return short
 
-    def place(self, size_bytes: int) -> Place:
-        """The next free place for a record of ``size_bytes``; opens or starts a segment where needed."""
-        ends = self.ends()
-        number = max(ends, default=0)
-        if ends.get(number, 0) and ends[number] + size_bytes > self._segment_bytes:
-            number += 1
-        if number not in self._fds:
+    def _add_up(self) -> None:
+        self.used_bytes = sum(row.end_bytes for row in self._accepted.values())
+
+    # -- writing
+
+    def need_bytes(self, sizes_bytes: Iterable[int]) -> int:
+        """How much ``promised_bytes`` will grow when records of these sizes (padding included) are appended."""
+        number = self.open_segment()
+        end, count = (0, 0) if number is None else (self.rows()[number].end_bytes, self._count(number))
+        total = -(footer_bytes(count) if count else 0)
+        for size_bytes in sizes_bytes:
+            if count and end + size_bytes + footer_bytes(count + 1) > self._segment_bytes:
+                total += footer_bytes(count)
+                end = count = 0
+            end, count, total = end + size_bytes, count + 1, total + size_bytes
+        return total + (footer_bytes(count) if count else 0)
+
+    def append(
+        self, draft: RecordHeader, payload: bytes | memoryview, cipher: AESGCM, now_s: int
+    ) -> tuple[int, RecordHeader]:  # fmt: skip
+        """Write one record; (segment, the header as written). ``draft``'s epoch and offset do not count.
+
+        Raises OSError (ENOSPC, EIO …) as the system says; then ``abandon``.
+        """
+        number = self._with_room(draft.size_bytes, now_s)
+        header = dataclasses.replace(draft, epoch=self._epoch, offset=self._end(number))
+        self._write(number, seal(header, payload, cipher), now_s)
+        self._packed.append(header.pack())
+        return number, header
+
+    def seal_open(self, now_s: int) -> None:
+        """Write the footer of the segment that is appended to, where there is one; still to be synced and accepted."""
+        number = self.open_segment()
+        if number is None:
+            return
+        self._open(number)
+        end = self._end(number)
+        self._write(number, seal_footer(number, end, self._epoch, self._packed, now_s, self._cipher), now_s)
+        self._pending[number] = dataclasses.replace(self._pending[number], sealed=True)
+
+    def open_segment(self) -> int | None:
+        """The segment that is appended to; None when the next record starts one."""
+        rows = self.rows()
+        number = max(rows, default=-1)
+        return None if number < 0 or rows[number].sealed else number
+
+    def _with_room(self, size_bytes: int, now_s: int) -> int:
+        number = self.open_segment()
+        if number is not None:
             self._open(number)
-        return Place(number, ends.get(number, 0), self._epoch)
+            if self._end(number) + size_bytes + footer_bytes(len(self._packed) + 1) <= self._segment_bytes:
+                return number
+            self.seal_open(now_s)
+        self._open(self._next)
+        self._next += 1
+        return self._next - 1
 
     def _open(self, number: int) -> None:
+        if number in self._fds:
+            return
         self._new_file = self._new_file or not self.path(number).exists()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._fds[number] = os.open(self.path(number), flags, 0o600)
         self._epoch = secrets.token_bytes(EPOCH_BYTES)  # a place may have been written before: never with this epoch
+        self._packed = [header.pack() for header in walk(self._fds[number], self._end(number), self._io)]
 
-    def write(self, place: Place, record: bytes) -> None:
-        """Write at ``place``; raises OSError (ENOSPC, EIO …) as the system says."""
-        self._pending[place.segment] = place.offset + len(record)
-        self._io.pwrite(self._fds[place.segment], record, place.offset)
+    def _write(self, number: int, raw: bytes | bytearray, now_s: int) -> None:
+        row = self.rows().get(number) or SegmentRow(number, 0, False, now_s)
+        self._pending[number] = dataclasses.replace(row, end_bytes=row.end_bytes + len(raw))
+        self._io.pwrite(self._fds[number], raw, row.end_bytes)
+
+    def _end(self, number: int) -> int:
+        row = self.rows().get(number)
+        return row.end_bytes if row else 0
+
+    def _count(self, number: int) -> int:
+        """Records in the open segment; needed before it is opened for appending too."""
+        if number not in self._fds:
+            self._open(number)
+        return len(self._packed)
+
+    # -- committing
 
     def sync(self) -> None:
         """Make every written record and new file name durable."""
@@ -144,77 +198,49 @@ class Segments:
         if self._new_file:
             self._io.sync_directory(self._directory)
 
-    def ends(self) -> dict[int, int]:
-        """Segment → bytes, what was written since the last ``accept`` included."""
-        return {**self._accepted, **self._pending}
-
     def accept(self) -> None:
         """The index has committed: what was written is part of the store."""
         self._accepted.update(self._pending)
         self._pending.clear()
+        self._add_up()
         self._new_file = False
-        for number in [n for n in self._fds if n != max(self._accepted)]:
-            os.close(self._fds.pop(number))
+        number = self.open_segment()
+        for other in [n for n in self._fds if n != number]:
+            os.close(self._fds.pop(other))
 
     def abandon(self) -> None:
         """Cut off everything not accepted and forget the epoch. Never raises: what stays is cut at the next start."""
         for number in self._pending:
+            row = self._accepted.get(number)
             try:
-                os.ftruncate(self._fds[number], self._accepted.get(number, 0))
+                if row:
+                    self._io.truncate(self.path(number), row.end_bytes)
+                else:
+                    self._io.unlink(self.path(number))
             except OSError as error:
                 _log.warning("%s: not cut back now (%s)", self.path(number).name, error.strerror)
         self._pending.clear()
         self._new_file = False
         self.close()
 
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Unlink segments that the index has forgotten. Never raises: what stays is removed at the next start."""
+        for number in numbers:
+            self._accepted.pop(number, None)
+            if number in self._fds:
+                os.close(self._fds.pop(number))
+            try:
+                self._io.unlink(self.path(number))
+            except OSError as error:
+                _log.warning("%s: not removed now (%s)", self.path(number).name, error.strerror)
+        self._add_up()
+
     def close(self) -> None:
-        """Close the append files; the next ``place`` opens them with a fresh epoch."""
+        """Close the append files; the next record opens them with a fresh epoch."""
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    @contextlib.contextmanager
-    def reader(self) -> Iterator[Reader]:
-        """A reader whose files are closed at the end of the block."""
-        reader = Reader(self, self._io)
-        try:
-            yield reader
-        finally:
-            reader.close()
 
+def segment_path(directory: Path, number: int) -> Path:
+    return directory / f"{number:04d}.kvs"
 
-class Reader:
-    """Reads the records of one lookup into one buffer, telling the system ahead what comes next."""
-
-    def __init__(self, segments: Segments, io: Io) -> None:
-        self._segments, self._io = segments, io
-        self._fds: dict[int, int] = {}
-        self._buffer = bytearray()
-
-    def stream(self, places: Sequence[tuple[int, int, int]]) -> Iterator[memoryview]:
-        """The bytes of each (segment, offset, size) in turn, fewer at the end of a file.
-
-        A view is good until the next one is asked for. OSError comes with the place it is about.
-        """
-        for i, (segment, offset, size_bytes) in enumerate(places):
-            if i % _READ_AHEAD == 0:
-                for ahead in places[i : i + 2 * _READ_AHEAD]:
-                    self._expect(*ahead)
-            if len(self._buffer) < size_bytes:
-                self._buffer = bytearray(size_bytes)
-            view = memoryview(self._buffer)[:size_bytes]
-            yield view[: self._io.preadv(self._fd(segment), view, offset)]
-
-    def _expect(self, segment: int, offset: int, size_bytes: int) -> None:
-        try:
-            os.posix_fadvise(self._fd(segment), offset, size_bytes, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            _log.debug("no read-ahead (%s): the read itself will meet and report the error", error.strerror)
-
-    def _fd(self, segment: int) -> int:
-        if segment not in self._fds:
-            self._fds[segment] = os.open(self._segments.path(segment), os.O_RDONLY | os.O_NOFOLLOW)
-        return self._fds[segment]
-
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])

@@ -1,334 +1,345 @@
 """The KV cache on disk: prefixes of prompts that need not be computed again, also after a restart or a crash.
 
-``put`` stores what is missing of a prefix: blocks, then the checkpoint at its end; it returns once all of it is
-durable. ``lookup`` gives back the longest stored prefix, every byte authenticated, or nothing and the reason.
-A full disk, a full quota or a failing disk stop the writing; lookups and serving go on.
+``put_all`` stores what is missing of its jobs and returns once all of it is durable; ``lookup`` gives the longest
+usable start of a prompt, every byte authenticated, or nothing and the reason. A full disk, a full quota or a failing
+disk stop the writing; lookups and serving go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from appliance.errors import EngineError, SolocardError, StoreError
 from appliance.model import BLOCK_TOKENS
 from appliance.wire import KvStatus
-from runtime.kv.fingerprint import Fingerprint, difference
-from runtime.kv.index import Index, Row
-from runtime.kv.keys import TenantKeys, derive_tenant
+from runtime.kv import files
+from runtime.kv.files import Io, lock_directory
+from runtime.kv.fingerprint import Fingerprint
+from runtime.kv.ground import DAY_S, Ground
+from runtime.kv.index import Index
+from runtime.kv.job import KvHit, Note, PutJob, PutResult, Sink, TailUnit, Unit
+from runtime.kv.keys import derive_master
 from runtime.kv.layout import KvLayout
-from runtime.kv.record import KEY_GENERATION, Kind, RecordHeader, record_bytes, seal, unseal
-from runtime.kv.segment import SEGMENT_BYTES, Io, Reader, Segments, lock_directory
+from runtime.kv.lookup import Lookup, Prompt, name_prompt
+from runtime.kv.policy import Policy
+from runtime.kv.rebuild import ready_index, rebuild
+from runtime.kv.reclaim import reserve, sweep
+from runtime.kv.record import Kind
+from runtime.kv.segment import SEGMENT_BYTES, Segments
+from runtime.kv.tenants import Tenants
+from runtime.kv.writing import Plan, Writing, open_replay
 from runtime.schedule import prompt_boundary
 
-_OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
-Rows = dict[tuple[bytes, Kind], Row]
+__all__ = ["KvHit", "KvStore", "Note", "Policy", "PutJob", "PutResult", "Sink", "TailUnit", "Unit"]
+_RETRY_S = 60.0  # after a full disk
+_SWEEP_S = 60.0
+_SPACE = ("ENOSPC", "EDQUOT")
 _log = logging.getLogger("solocard.kv")
-
-
-@dataclass(frozen=True, slots=True)
-class KvHit:
-    """``tokens`` (a multiple of 256, 0 = miss) need no prefill: ``blocks`` in order and the state after them.
-
-    ``reason`` is empty when everything usable was there, else why the longest usable boundary was not reached:
-    ``no-unit``, ``fingerprint: <fields>``, ``corrupt``, ``policy`` or ``too-short``.
-    """
-
-    tokens: int
-    blocks: list[bytes]
-    checkpoint: bytes | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PutResult:
-    """``stored``: every record of the prefix is durable. Else ``reason``, and nothing of this call is visible."""
-
-    stored: bool
-    reason: str = ""
-    records: int = 0
-    written_bytes: int = 0
+_OFF = KvHit(0, 0, None, None, False, "policy", 0)
 
 
 class KvStore:
-    """One directory, one writing process. Methods may be called from any thread; ``status`` never waits for a write."""
+    """One directory, one writing process. Methods may be called from any thread.
 
-    def __init__(
-        self, lock_fd: int, index: Index, segments: Segments, layout: KvLayout, fingerprint: Fingerprint,
-        master_key: bytes, max_bytes: int,
-    ) -> None:  # fmt: skip
-        self._lock_fd, self._index, self._segments, self._layout = lock_fd, index, segments, layout
-        self._fingerprint, self._master_key, self._max_bytes = fingerprint, master_key, max_bytes
-        self._lock, self._count_lock = threading.Lock(), threading.Lock()
-        self._tenants: dict[str, TenantKeys] = {}
-        self._stopped = ""
-        self._hit_tokens = self._miss_tokens = 0
+    ``lookup`` and ``status`` never wait for a write.
+    """
+
+    def __init__(self, lock_fd: int, ground: Ground, reader: Index, master_key: bytes) -> None:
+        self._lock_fd, self._ground, self._reader, self._master_key = lock_fd, ground, reader, master_key
+        self._write, self._reading, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
+        self._pins: Counter[bytes] = Counter()
+        self._stopped, self._retry_s, self._refused, self._swept_s = "", float("inf"), "", 0.0
+        self._counts: Counter[str] = Counter()
         self._miss_reasons: dict[str, int] = {}
+        self._kinds: dict[Kind, int] | None = None
         self._closed = False
 
     @staticmethod
     def open(
-        directory: Path, *, layout: KvLayout, fingerprint: Fingerprint, master_key: bytes, max_bytes: int,
-        io: Io | None = None, segment_bytes: int = SEGMENT_BYTES,
+        directory: Path, *, layout: KvLayout, fingerprint: Fingerprint, master_key: bytes, policy: Policy,
+        io: Io | None = None, segment_bytes: int = SEGMENT_BYTES, clock: Callable[[], float] = time.time,
     ) -> KvStore:  # fmt: skip
-        """Open and recover. ``max_bytes`` bounds the segment files; 0 switches the cache off (reason ``policy``).
+        """Open and recover. ``policy.max_bytes`` bounds the segment files; 0 switches the cache off.
 
         Raises BusyError when another process has the store, StoreError when the directory cannot be used.
         """
         if fingerprint.fields.get("layout") != layout.layout_id:
             raise EngineError("the KV fingerprint names another layout than the store's; build both from one model")
-        derive_tenant(master_key, "default")  # a key of a wrong length fails here, not at a request
-        io = io or Io()
+        io, master = io or Io(), derive_master(master_key)
         lock_fd = lock_directory(directory, io)
         try:
-            index = Index.open(directory, io)
-            try:
-                segments = Segments(directory, io, segment_bytes)
+            tenants = Tenants(directory, master_key, io, clock)
+            ready_index(directory, io, master_key, tenants)
+            with contextlib.ExitStack() as opened:
+                index = Index.open(directory, io)
+                opened.callback(index.close)
+                segments = Segments(directory, io, segment_bytes, master.store)
                 _recover(index, segments)
-            except BaseException:
-                index.close()
-                raise
+                reader = Index.open(directory, io, read_only=True)
+                opened.pop_all()
         except (OSError, sqlite3.Error) as error:
             os.close(lock_fd)
             raise StoreError(f"{directory}: the KV cache cannot be opened ({error})") from None
         except SolocardError:
             os.close(lock_fd)
             raise
-        store = KvStore(lock_fd, index, segments, layout, fingerprint, master_key, max_bytes)
-        store._remember()
+        ground = Ground(directory, io, index, segments, tenants, policy, layout, fingerprint, segment_bytes, clock)
+        store = KvStore(lock_fd, ground, reader, master_key)
+        store._begin()
         return store
-
-    def lookup(self, tenant: str, ids: Sequence[int]) -> KvHit:
-        """The longest boundary B ≤ c(len(ids)) with a checkpoint at B and every block below it, read and verified."""
-        with self._lock:
-            hit = self._find(tenant, ids)
-        self._count(hit, len(ids))
-        return hit
-
-    def put(self, tenant: str, ids: Sequence[int], block: Callable[[int], bytes], checkpoint: bytes) -> PutResult:
-        """Make ``ids`` (a multiple of 256) a stored prefix; ``block(i)`` is asked for the missing ones, i from 0.
-
-        Raises EngineError when lengths do not fit the layout, and whatever ``block`` raises; then nothing is stored.
-        """
-        count, rest = divmod(len(ids), BLOCK_TOKENS)
-        if rest or not count:
-            raise EngineError(f"a stored prefix has a multiple of {BLOCK_TOKENS} tokens, not {len(ids)}")
-        with self._lock:
-            if self._max_bytes <= 0:
-                return PutResult(False, "policy")
-            try:
-                return self._put(tenant, ids, count, block, checkpoint)
-            except (OSError, sqlite3.Error) as error:
-                self._undo()
-                return self._stop(_reason(error))
-            except BaseException:
-                self._undo()
-                raise
-
-    def status(self) -> KvStatus:
-        """A snapshot for ``/health`` and the console."""
-        with self._count_lock:
-            return KvStatus(
-                self._max_bytes > 0, self._segments.used_bytes, self._max_bytes, self._hit_tokens, self._miss_tokens,
-                not self._stopped, self._stopped, dict(self._miss_reasons),
-            )  # fmt: skip
-
-    def close(self) -> None:
-        """Release files and lock; a second call does nothing."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._segments.close()
-                self._index.close()
-                os.close(self._lock_fd)
 
     # -- reading
 
-    def _find(self, tenant: str, ids: Sequence[int]) -> KvHit:
-        boundary = prompt_boundary(len(ids))
-        if self._max_bytes <= 0:
-            return KvHit(0, [], None, "policy")
-        if not boundary:
-            return KvHit(0, [], None, "too-short")
-        keys = self._keys(tenant)
-        chain = keys.chain(self._fingerprint.digest, ids, boundary // BLOCK_TOKENS)
-        try:
-            rows = self._index.find(chain)
-            count, blocks, checkpoint = self._restore(keys, chain, rows)
-            if count == len(chain):
-                return KvHit(boundary, blocks, checkpoint, "")
-            reason = self._why(keys, ids, chain, rows, count)
-        except sqlite3.Error as error:
-            _log.warning("KV index cannot be read: %s", error)
-            return KvHit(0, [], None, "corrupt")
-        return KvHit(count * BLOCK_TOKENS, blocks, checkpoint, reason)
+    def lookup(
+        self, tenant: str, ids: Sequence[int], sink: Sink, *, replay_tokens: int = 0, tails: bool = False,
+        shared_tokens: int = 0,
+    ) -> KvHit:  # fmt: skip
+        """The longest start of ``ids``: a checkpoint at B ≤ c(n), a tail (``tails``), or a replay (``replay_tokens``).
 
-    def _restore(self, keys: TenantKeys, chain: list[bytes], rows: Rows) -> tuple[int, list[bytes], bytes | None]:
-        """Try boundaries from the longest down; a damaged record rules out the boundaries that need it."""
-        reach = 0
-        while reach < len(chain) and _live(rows, chain[reach], Kind.BLOCK):
-            reach += 1
-        blocks: list[bytes] = []
-        with self._segments.reader() as reader:
-            for count in range(reach, 0, -1):
-                state = _live(rows, chain[count - 1], Kind.CHECKPOINT)
-                if count > reach or state is None:
-                    continue
-                checkpoint = self._read(reader, keys, rows, [state])
-                if not checkpoint:
-                    continue
-                wanted = [rows[link, Kind.BLOCK] for link in chain[len(blocks) : count]]
-                blocks += self._read(reader, keys, rows, wanted)
-                if len(blocks) >= count:
-                    return count, blocks[:count], checkpoint[0]
-                reach = len(blocks)
-        return 0, [], None
+        Every block below it was given to ``sink`` in order from 0, read and verified; what ``sink`` raises goes
+        through. Blocks and checkpoints up to ``shared_tokens`` may be SHARED's. EngineError for ids that are no u32.
+        """
+        hit = self._lookup(tenant, ids, sink, replay_tokens, tails, shared_tokens)
+        with self._counting:
+            self._counts.update(lookups=1, hits=hit.tokens > 0, replays=hit.replay, hit_tokens=hit.tokens,
+                                miss_tokens=len(ids) - hit.tokens)  # fmt: skip
+            if hit.reason == "corrupt" or (hit.reason and not hit.tokens):
+                name = hit.reason.partition(":")[0]
+                self._miss_reasons[name] = self._miss_reasons.get(name, 0) + 1
+        return hit
 
-    def _read(self, reader: Reader, keys: TenantKeys, rows: Rows, wanted: list[Row]) -> list[bytes]:
-        """The payloads of ``wanted`` up to the first that is not what row and keys say; that one is set aside."""
-        payloads: list[bytes] = []
-        stream = reader.stream([(r.segment, r.offset, record_bytes(self._payload_bytes(r.kind))) for r in wanted])
-        for row in wanted:
+    def _lookup(
+        self, tenant: str, ids: Sequence[int], sink: Sink, replay_tokens: int, tails: bool, shared_tokens: int
+    ) -> KvHit:  # fmt: skip
+        if self._ground.policy.max_bytes <= 0:
+            return _OFF
+        for attempt in range(2):
+            reader = self._reader
             try:
-                payloads.append(unseal(self._header(keys, row), next(stream), keys.cipher))
-            except (OSError, StoreError) as error:
-                _log.warning("KV record set aside in segment %04d: %s", row.segment, error)
-                self._set_aside(rows, row)
+                prompt = self._prompt(tenant, ids, shared_tokens)
+                lookup = Lookup(self._ground, reader, self._reading, prompt, int(self._ground.clock()))
+                return lookup.run(sink, replay_tokens, tails)
+            except StoreError as error:  # a tenant's key file
+                _log.warning("KV lookup: %s", error)
                 break
-        return payloads
+            except sqlite3.Error as error:
+                _log.warning("KV index cannot be read: %s", error)
+                if attempt or not self._mended(reader, error):
+                    break
+        return dataclasses.replace(_OFF, reason="corrupt")
 
-    def _set_aside(self, rows: Rows, row: Row) -> None:
-        rows[row.chain, row.kind] = dataclasses.replace(row, damaged=1)
+    def _prompt(self, tenant: str, ids: Sequence[int], shared_tokens: int) -> Prompt:
+        count = prompt_boundary(len(ids)) // BLOCK_TOKENS
+        return name_prompt(self._ground, tenant, ids, count, shared_tokens)
+
+    def replay_ids(self, tenant: str, names: Sequence[str]) -> dict[str, list[int]]:
+        """The exact token ids kept under ``names``; those that are not there, or do not open, are left out."""
+        found: dict[str, list[int]] = {}
         try:
-            self._index.mark_damaged(row)
-        except sqlite3.Error as error:
-            _log.warning("KV index: the damaged record stays listed (%s)", error)
+            keys = self._ground.tenants.find(tenant)
+            if keys is None:
+                return found
+            hashed = {keys.replay_name(name): name for name in names}
+            with self._reading:
+                sealed = self._reader.replays(list(hashed))
+            for key, content in sealed.items():
+                found[hashed[key]] = open_replay(keys, key, content)
+                self._ground.uses.replays[key] = int(self._ground.clock())
+        except (StoreError, sqlite3.Error) as error:
+            _log.warning("KV replays: %s", error)
+        return found
 
-    def _why(self, keys: TenantKeys, ids: Sequence[int], chain: list[bytes], rows: Rows, count: int) -> str:
-        """Why the boundary ``len(chain)`` was not reached when ``count`` blocks were found."""
-        beyond = [rows.get((link, kind)) for link in chain[count:] for kind in Kind]
-        if any(row.damaged for row in beyond if row):
-            return "corrupt"
-        if count:
-            return "no-unit"
-        for old in self._index.other_fingerprints(self._fingerprint.digest, _OLD_FINGERPRINTS):
-            others = self._index.find(keys.chain(old.digest, ids, len(chain)))
-            if any(row.kind is Kind.CHECKPOINT and not row.damaged for row in others.values()):
-                return f"fingerprint: {difference(old, self._fingerprint)}"
-        return "no-unit"
+    @contextlib.contextmanager
+    def pin(self, tenant: str, ids: Sequence[int], shared_tokens: int = 0) -> Iterator[None]:
+        """While the block runs, no row of this chain is reclaimed."""
+        try:
+            chains = self._prompt(tenant, ids, shared_tokens).chains
+        except StoreError as error:
+            _log.warning("KV pin: %s", error)
+            chains = []
+        with self._counting:
+            self._pins.update(chains)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._pins.subtract(chains)
+                self._pins = +self._pins
 
     # -- writing
 
-    def _put(
-        self, tenant: str, ids: Sequence[int], count: int, block: Callable[[int], bytes], checkpoint: bytes
-    ) -> PutResult:
-        keys = self._keys(tenant)
-        chain = keys.chain(self._fingerprint.digest, ids, count)
-        rows = self._index.find(chain)
-        blocks = [i for i in range(count) if _live(rows, chain[i], Kind.BLOCK) is None]
-        state = _live(rows, chain[-1], Kind.CHECKPOINT) is None
-        if not blocks and not state:
-            return PutResult(True)
-        if self._stopped:
-            return PutResult(False, self._stopped)
-        need = len(blocks) * record_bytes(self._layout.block_bytes)
-        need += state * record_bytes(self._layout.checkpoint_bytes)
-        if self._segments.used_bytes + need > self._max_bytes:
-            return self._stop(f"quota: kv.max_bytes = {self._max_bytes} is used up")
-        new = [self._append(keys, chain, i, Kind.BLOCK, block(i)) for i in blocks]
-        if state:
-            new.append(self._append(keys, chain, count - 1, Kind.CHECKPOINT, checkpoint))
-        self._segments.sync()
-        self._index.add(new, self._segments.ends())
-        with self._count_lock:
-            self._segments.accept()
-        return PutResult(True, "", len(new), need)
+    def put(self, job: PutJob) -> PutResult:
+        """Make one job durable."""
+        return self.put_all([job])[0]
 
-    def _append(self, keys: TenantKeys, chain: list[bytes], i: int, kind: Kind, payload: bytes) -> Row:
-        expected = self._payload_bytes(kind)
-        if len(payload) != expected:
-            raise EngineError(f"KV {kind.name.lower()} has {len(payload)} bytes, the layout says {expected}")
-        size_bytes = record_bytes(expected)
-        place = self._segments.place(size_bytes)
-        row = Row(
-            chain[i], kind, keys.tenant_id, self._fingerprint.digest[:16], (i + 1) * BLOCK_TOKENS, place.segment,
-            place.offset, size_bytes, place.epoch, KEY_GENERATION, int(time.time()),
-        )  # fmt: skip
-        self._segments.write(place, seal(self._header(keys, row), payload, keys.cipher))
-        return row
+    def put_all(self, jobs: Sequence[PutJob]) -> list[PutResult]:
+        """Make jobs durable with one sync and one commit; each is stored whole or not at all, and says why."""
+        with self._write:
+            if self._closed:
+                return [PutResult(False, "closed")] * len(jobs)
+            for attempt in range(2):
+                try:
+                    self._sweep()
+                    return self._put(jobs)
+                except (OSError, sqlite3.Error) as error:
+                    self._undo()
+                    if attempt or not self._mend(error):
+                        return [PutResult(False, self._stop(error))] * len(jobs)
+                except BaseException:
+                    self._undo()
+                    raise
+        raise AssertionError  # the second attempt returns
+
+    def _put(self, jobs: Sequence[PutJob]) -> list[PutResult]:
+        """A group there is no room for as a whole is tried job by job."""
+        ground, now_s = self._ground, int(self._ground.clock())
+        writing = Writing(ground, now_s, frozenset(self._pins))
+        plans = [writing.plan(job) for job in jobs]
+        kept = [plan for plan in plans if isinstance(plan, Plan) and not plan.reason]
+        refusal = self._refusal() if any(plan.drafts for plan in kept) else ""
+        if not refusal and kept:
+            refusal = writing.store(kept)
+            if refusal and len(jobs) > 1:
+                return [result for job in jobs for result in self._put([job])]
+            self._refused = refusal
+            self._kinds = None
+        results = [_result(plan, refusal) for plan in plans]
+        if not self._stopped:
+            lost = zip(plans, results, strict=True)
+            writing.note([plan for plan, result in lost if isinstance(plan, Plan) and not result.stored])
+        return results
+
+    def _refusal(self) -> str:
+        """Why nothing can be written now, empty when it can; a full disk is tried again after a minute."""
+        if self._ground.policy.max_bytes <= 0:
+            return "policy: the KV cache is switched off"
+        if self._stopped and self._ground.clock() >= self._retry_s:
+            self._stopped = ""
+        return self._stopped
+
+    def _sweep(self) -> None:
+        now_s = self._ground.clock()
+        if not self._stopped and now_s - self._swept_s >= _SWEEP_S:
+            self._swept_s = now_s
+            self._ground.write_uses()
+            sweep(self._ground, frozenset(self._pins), int(now_s))
+
+    def _begin(self) -> None:
+        """Note this fingerprint for later misses, meet the bounds; a disk that refuses stops the writing, no more."""
+        now_s = int(self._ground.clock())
+        try:
+            self._ground.index.remember(self._ground.fingerprint, now_s)
+            if self._ground.policy.max_bytes > 0:
+                self._refused = reserve(self._ground, 0, frozenset(), now_s)
+                self._sweep()
+        except (OSError, sqlite3.Error) as error:
+            self._undo()
+            self._stop(error)
 
     def _undo(self) -> None:
-        self._segments.abandon()
-        try:
-            self._index.rollback()
-        except sqlite3.Error as error:
-            _log.warning("KV index: rollback failed (%s)", error)
+        self._ground.segments.abandon()
+        self._ground.rollback()
 
-    def _stop(self, reason: str) -> PutResult:
-        with self._count_lock:
-            self._stopped = reason
+    def _stop(self, error: OSError | sqlite3.Error) -> str:
+        reason = files.reason(error)
+        self._retry_s = self._ground.clock() + _RETRY_S if reason.startswith(_SPACE) else float("inf")
+        self._stopped = reason
         _log.warning("KV cache stops writing: %s", reason)
-        return PutResult(False, reason)
+        return reason
+
+    # -- a damaged index
+
+    def _mended(self, reader: Index, error: sqlite3.Error) -> bool:
+        """For a lookup: is there another index by now, or could it be made again?"""
+        with self._write:
+            return not self._closed and (self._reader is not reader or self._mend(error))
+
+    def _mend(self, error: OSError | sqlite3.Error) -> bool:
+        """Make the index again where SQLite found it damaged; under the write lock. False where that is no help."""
+        if type(error) is not sqlite3.DatabaseError:  # its subclasses are a full disk, a lock, a wrong call
+            return False
+        ground = self._ground
+        try:
+            with self._reading:
+                self._reader.close()
+                ground.index.close()
+                ground.segments.close()
+                rebuild(ground.directory, ground.io, self._master_key, ground.tenants)
+                ground.index = Index.open(ground.directory, ground.io)
+                _recover(ground.index, ground.segments)
+                self._reader = Index.open(ground.directory, ground.io, read_only=True)
+            ground.index.remember(ground.fingerprint, int(ground.clock()))
+        except (OSError, sqlite3.Error, StoreError) as again:
+            _log.warning("KV index could not be made again: %s", again)
+            return False
+        return True
 
     # -- both
 
-    def _header(self, keys: TenantKeys, row: Row) -> RecordHeader:
-        """The only header that may stand at the row's place; a wrong row makes one that stands nowhere."""
-        first = row.end_token - BLOCK_TOKENS if row.kind is Kind.BLOCK else 0
-        return RecordHeader(
-            row.kind, self._fingerprint.digest[:16], keys.tenant_id, row.chain, first, row.end_token,
-            self._payload_bytes(row.kind), row.epoch, row.offset, row.created_s, row.key_generation,
+    def status(self) -> KvStatus:
+        """A snapshot for ``/health`` and the console."""
+        ground, policy = self._ground, self._ground.policy
+        kinds, segments, written_bytes = self._count()
+        with self._counting:
+            counts, reasons = self._counts.copy(), dict(self._miss_reasons)
+        why = self._stopped or self._refused
+        return KvStatus(
+            enabled=policy.max_bytes > 0, used_bytes=ground.segments.used_bytes, max_bytes=policy.max_bytes,
+            hit_tokens=counts["hit_tokens"], miss_tokens=counts["miss_tokens"], writing=not why, reason=why,
+            miss_reasons=reasons, blocks=kinds.get(Kind.BLOCK, 0),
+            checkpoints=kinds.get(Kind.CHECKPOINT, 0) + kinds.get(Kind.TAIL, 0), segments=segments,
+            written_today_bytes=written_bytes, daily_write_bytes=policy.daily_write_bytes,
+            reclaimed_bytes=ground.reclaimed_bytes, lookups=counts["lookups"], hits=counts["hits"],
+            replays=counts["replays"], min_free_bytes=policy.min_free_bytes,
         )  # fmt: skip
 
-    def _payload_bytes(self, kind: Kind) -> int:
-        return self._layout.block_bytes if kind is Kind.BLOCK else self._layout.checkpoint_bytes
-
-    def _keys(self, tenant: str) -> TenantKeys:
-        if tenant not in self._tenants:
-            self._tenants[tenant] = derive_tenant(self._master_key, tenant)
-        return self._tenants[tenant]
-
-    def _count(self, hit: KvHit, tokens: int) -> None:
-        with self._count_lock:
-            self._hit_tokens += hit.tokens
-            self._miss_tokens += tokens - hit.tokens
-            if hit.reason == "corrupt" or not hit.tokens:
-                name = hit.reason.partition(":")[0]
-                self._miss_reasons[name] = self._miss_reasons.get(name, 0) + 1
-
-    def _remember(self) -> None:
-        """Note this fingerprint for later misses; a disk that is full now stops the writing, not the server."""
+    def _count(self) -> tuple[dict[Kind, int], int, int]:
         try:
-            self._index.remember(self._fingerprint, int(time.time()))
+            with self._reading:
+                if self._kinds is None:
+                    self._kinds = self._reader.count()
+                day = int(self._ground.clock()) // DAY_S
+                return self._kinds, len(self._reader.segments()), self._reader.written_today(day)
         except sqlite3.Error as error:
-            self._stop(_reason(error))
-        if 0 < self._max_bytes <= self._segments.used_bytes:
-            self._stop(f"quota: kv.max_bytes = {self._max_bytes} is used up")
+            _log.warning("KV index cannot be counted: %s", error)
+            return {}, 0, 0
+
+    def close(self) -> None:
+        """Write what lookups noticed, release files and lock; a second call does nothing."""
+        with self._write:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._ground.write_uses()
+            except sqlite3.Error as error:
+                _log.warning("KV index: what lookups noticed is lost (%s)", error)
+                self._ground.rollback()
+            with self._reading:
+                self._reader.close()
+            self._ground.segments.close()
+            self._ground.index.close()
+            os.close(self._lock_fd)
 
 
-def _live(rows: Rows, chain: bytes, kind: Kind) -> Row | None:
-    row = rows.get((chain, kind))
-    return None if row is None or row.damaged else row
-
-
-def _reason(error: OSError | sqlite3.Error) -> str:
-    if isinstance(error, OSError):
-        return f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}"
-    return f"index: {error}"
+def _result(plan: Plan | PutResult, refusal: str) -> PutResult:
+    if isinstance(plan, PutResult):
+        return plan
+    why = plan.reason or (refusal if plan.drafts else "")
+    return PutResult(False, why) if why else PutResult(True, "", len(plan.drafts), plan.need_bytes)
 
 
 def _recover(index: Index, segments: Segments) -> None:
-    indexed = index.segment_ends()
-    ends = segments.recover(indexed)
-    short = {number: end for number, end in ends.items() if end < indexed[number]}
+    short = segments.recover(index.segments())
     if short:
         lost = index.shorten(short)
         _log.warning("KV segments are shorter than their index: %d records lost", lost)

@@ -5,6 +5,7 @@ For n ≤ 256 the expected hit is 0; for more it is exactly c(n), and only the t
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from graph_support import quick_engine
 from exporter.sample import write_sample
 from runtime.engine import Engine
 from runtime.kv.fingerprint import fingerprint
-from runtime.kv.store import KvStore
+from runtime.kv.record import Role
+from runtime.kv.store import KvStore, Policy, PutJob, Unit
 from runtime.schedule import prompt_boundary, prompt_calls
 
 LENGTHS = (1, 5, 128, 255, 256, 257, 383, 384, 385, 511, 512, 513, 1025)
@@ -26,7 +28,8 @@ def open_store(folder: Path, engine: Engine) -> KvStore:
         objects=["00"], graphs=["11"], profile="full", tokenizer_sha256="22", encoding="dsv4-0731",
         numerics=engine.spec.numerics, layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
     )  # fmt: skip
-    return KvStore.open(folder, layout=engine.layout, fingerprint=identity, master_key=bytes(32), max_bytes=1 << 30)
+    return KvStore.open(folder, layout=engine.layout, fingerprint=identity, master_key=bytes(32),
+                        policy=Policy(max_bytes=1 << 30))  # fmt: skip
 
 
 def prefill(engine: Engine, seq: object, ids: list[int]) -> tuple[np.ndarray, list[int]]:
@@ -50,7 +53,9 @@ def check_length(engine: Engine, store: KvStore, ids: list[int]) -> None:
             checkpoint = seq.checkpoint
             assert checkpoint is not None
             assert checkpoint[0] == boundary
-            store.put("default", ids[:boundary], lambda i: engine.export_block(seq, i), checkpoint[1])
+            blocks = {i: engine.export_block(seq, i) for i in range(boundary // 256)}
+            units = [Unit(boundary, Role.PROMPT, checkpoint[1])]
+            assert store.put(PutJob("default", ids[:boundary], blocks, units)).stored
     cold = [tail]
     for _ in range(STEPS):
         cold.append(engine.decode(seq, int(cold[-1].argmax())))
@@ -60,11 +65,10 @@ def check_length(engine: Engine, store: KvStore, ids: list[int]) -> None:
     for name in engine.pools:
         engine.pools[name][0] = 0
 
-    hit = store.lookup("default", ids)
-    assert hit.tokens == boundary
     seq = engine.open()
-    if hit.tokens:
-        engine.restore(seq, hit.blocks, hit.checkpoint)
+    hit = store.lookup("default", ids, functools.partial(engine.import_block, seq))
+    assert hit.tokens == boundary
+    engine.resume(seq, hit.tokens, checkpoint=hit.checkpoint, blocks=hit.blocks)
     warm, calls = prefill(engine, seq, ids)
     engine.close(seq)
     assert calls == [len(ids) - boundary]

@@ -1,0 +1,151 @@
+"""The index made again from the segments, when it is missing or SQLite cannot read it: nothing acknowledged is lost.
+
+Sealed segments tell what they hold in their footers; in others the records are walked and each must open. The new
+index is built beside, and takes its name in one rename, so a crash leaves the old state or the new one. What only the
+index knew starts anew: hits, replays, the request log and the names of earlier fingerprints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from appliance.errors import StoreError
+from runtime.kv.files import Io
+from runtime.kv.footer import read_footer, walk
+from runtime.kv.ground import read_record, row_of
+from runtime.kv.index import INDEX_FORMAT, INDEX_NAME, Index, Row, RowKey, found_format
+from runtime.kv.keys import TenantKeys, derive_master
+from runtime.kv.record import ALIGN_BYTES, Kind, RecordHeader, unseal
+from runtime.kv.segment import SegmentRow
+from runtime.kv.tenants import Tenants
+
+_DRAFT = f"{INDEX_NAME}.new"
+_BESIDE = ("-wal", "-shm")
+_log = logging.getLogger("solocard.kv")
+
+
+def ready_index(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> None:
+    """See to it that ``directory`` has an index of this format or none and no segments either.
+
+    A cache of an older format is removed: it is a cache. Raises StoreError for one of a newer format, OSError and
+    sqlite3.OperationalError where the disk refuses.
+    """
+    path = directory / INDEX_NAME
+    try:
+        found = found_format(path)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        _log.warning("%s cannot be read (%s): set aside, made again from the segments", path, error)
+        rebuild(directory, io, master_key, tenants)
+        return
+    if found > INDEX_FORMAT:
+        raise StoreError(
+            f"{path} has format {found}, this Solocard reads {INDEX_FORMAT}; "
+            f"update Solocard, or delete the directory {directory}"
+        )
+    if 0 < found < INDEX_FORMAT:
+        _log.warning("%s has format %d, this Solocard writes %d: removed, the KV cache starts empty",
+                     directory, found, INDEX_FORMAT)  # fmt: skip
+        _remove_all(directory, io)
+    elif not found and any(directory.glob("*.kvs")):
+        _log.warning("%s is missing: made again from the segments", path)
+        rebuild(directory, io, master_key, tenants)
+
+
+def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> None:
+    """Make the index again; the old one, if there is one, is kept as ``index.sqlite3.damaged``."""
+    begin_s = time.monotonic()
+    found, segments = _scan(directory, io, master_key, tenants)
+    draft = directory / _DRAFT
+    _unlink_all(draft, io)
+    index = Index.open(directory, io, name=_DRAFT)
+    try:
+        index.begin()
+        index.add((row for row, _ in found.values()), segments)
+        index.add_tails((h.parent, h.chain, h.end_token) for _, h in found.values() if h.kind is Kind.TAIL)
+        index.commit()
+        index.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        index.close()
+    path = directory / INDEX_NAME
+    for suffix in _BESIDE:  # a log left beside would be played into the new index
+        io.unlink(path.with_name(path.name + suffix))
+    if path.exists():
+        io.rename(path, path.with_name(path.name + ".damaged"))
+    io.sync_directory(directory)
+    io.rename(draft, path)
+    io.sync_directory(directory)
+    _log.warning("KV index made again: %d records in %d segments, %.1f s",
+                 len(found), len(segments), time.monotonic() - begin_s)  # fmt: skip
+
+
+Found = dict[RowKey, tuple[Row, RecordHeader]]
+
+
+def _scan(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> tuple[Found, list[SegmentRow]]:
+    """Newest record of each name, and the segments that hold any."""
+    cipher, found, segments = derive_master(master_key).store, Found(), []
+    keys = {info.tenant_id: tenants.keys_of(info.tenant_id) for info in tenants.all() if not info.damaged}
+    for number, path in _files(directory):
+        headers = read_footer(number, path, io, cipher)
+        sealed = headers is not None
+        if headers is None:
+            headers = list(_opened(path, number, io, keys))
+        end = path.stat().st_size // ALIGN_BYTES * ALIGN_BYTES if sealed else _end(headers)
+        if not headers:
+            continue
+        segments.append(SegmentRow(number, end, sealed, min(header.created_s for header in headers)))
+        for header in headers:
+            key = header.chain, header.kind
+            if key not in found or _age(found[key][0]) <= (header.created_s, number, header.offset):
+                found[key] = row_of(header, number), header
+    return found, segments
+
+
+def _files(directory: Path) -> list[tuple[int, Path]]:
+    return [(int(path.stem), path) for path in sorted(directory.glob("*.kvs")) if path.stem.isdecimal()]
+
+
+def _opened(path: Path, number: int, io: Io, keys: dict[bytes, TenantKeys | None]) -> Iterator[RecordHeader]:
+    """The records of a segment without a footer that open; the others were never acknowledged, or are damaged."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        for header in walk(fd, os.fstat(fd).st_size, io):
+            tenant = keys.get(header.tenant_id)
+            if tenant is None:
+                continue
+            try:
+                unseal(header, read_record(path, row_of(header, number), io)[1], tenant.cipher)
+            except StoreError:
+                continue
+            yield header
+    finally:
+        os.close(fd)
+
+
+def _age(row: Row) -> tuple[int, int, int]:
+    return row.created_s, row.segment, row.offset
+
+
+def _end(headers: list[RecordHeader]) -> int:
+    return max((header.offset + header.size_bytes for header in headers), default=0)
+
+
+def _unlink_all(path: Path, io: Io) -> None:
+    for suffix in ("", *_BESIDE):
+        io.unlink(path.with_name(path.name + suffix))
+
+
+def _remove_all(directory: Path, io: Io) -> None:
+    """Segments before the index: a crash in between is met again at the next start."""
+    for path in directory.glob("*.kvs"):
+        io.unlink(path)
+    io.sync_directory(directory)
+    _unlink_all(directory / INDEX_NAME, io)
+    io.sync_directory(directory)
