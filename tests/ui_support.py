@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from appliance.wire import KvStatus, Status
+from appliance.wire import KvMiss, KvReport, KvStatus, KvTenant, Status
 from ui.app import ConsoleApp
 from ui.backend import ConsoleBackend, SocketBackend
 from ui.context import Context
@@ -60,8 +61,28 @@ STATUS = Status(
         hit_tokens=61_440,
         miss_tokens=37_325,
         writing=True,
-        miss_reasons={"no entry": 41, "mixed block": 3},
+        miss_reasons={"no-unit": 41, "evicted": 3},
+        blocks=1204,
+        checkpoints=96,
+        segments=5,
+        written_today_bytes=314_572_800,
+        daily_write_bytes=21_474_836_480,
     ),
+)
+REPORT = KvReport(
+    status=STATUS.kv,
+    live=True,
+    roles={"prompt": 80, "answer": 10, "anchor": 6, "suspended": 0},
+    tenants=(
+        KvTenant("default", 1200, 95, 1_204_000_000, 1_700_000_000),
+        KvTenant("team-b", 4, 1, 7_200_000, 1_700_000_000),
+        KvTenant("shared"),
+    ),
+    logged_requests=312,
+    logged_prompt_tokens=98_765,
+    logged_hit_tokens=61_440,
+    logged_reasons={"no-unit": 41, "evicted": 3},
+    misses=(KvMiss(1_700_000_000.5, 600, 256, "no-unit"),),
 )
 BUNDLES = [
     {
@@ -105,6 +126,8 @@ class AdminHandler(BaseHTTPRequestHandler):
             self._answer(*self.server.raw)
         elif self.path == "/admin/v1/status":
             self._answer(200, json.dumps(self.server.status.to_dict()).encode())
+        elif self.path == "/admin/v1/kv" and self.server.report is not None:
+            self._answer(200, json.dumps(self.server.report.to_dict()).encode())
         elif self.path.startswith("/admin/v1/log?lines="):
             wanted = int(self.path.rpartition("=")[2])
             self._answer(200, json.dumps({"lines": self.server.lines[-wanted:]}).encode())
@@ -125,13 +148,17 @@ class AdminHandler(BaseHTTPRequestHandler):
 
 
 class FakeAdmin(socketserver.ThreadingUnixStreamServer):
-    """``status``, ``lines`` and ``raw`` (HTTP status, body) may be changed while it runs."""
+    """``status``, ``report``, ``lines`` and ``raw`` (HTTP status, body) may be changed while it runs.
+
+    Without a report it is a server of before, which knows no such path.
+    """
 
     daemon_threads = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), AdminHandler)
         self.status, self.lines = STATUS, ["first line", "second line"]
+        self.report: KvReport | None = REPORT
         self.raw: tuple[int, bytes] | None = None
         self.asked: list[str] = []
 
@@ -172,6 +199,7 @@ class FakeSolocard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state, self.called = folder / "bundles.json", folder / "called.jsonl"
+        self.set_report(dataclasses.replace(REPORT, live=False))
         self.program = folder / "solocard"
         self.program.write_text(f"#!{sys.executable} -ISE\n" + textwrap.dedent(_PROGRAM))
         self.program.chmod(0o755)
@@ -179,6 +207,10 @@ class FakeSolocard:
 
     def set_bundles(self, bundles: list[dict[str, Any]]) -> None:
         self.state.write_text(json.dumps(bundles))
+
+    def set_report(self, report: KvReport) -> None:
+        """What ``kv stats`` prints from now on."""
+        (self.folder / "report.json").write_text(json.dumps(report.to_dict()))
 
     def fail_with(self, message: str, exit_code: int) -> None:
         """Every call from now on says ``message`` on stderr and ends with ``exit_code``."""
@@ -194,7 +226,7 @@ class FakeSolocard:
     def calls(self) -> list[list[str]]:
         """Arguments of every call that changed or tried to change something."""
         lines = self.called.read_text().splitlines() if self.called.exists() else []
-        return [call for call in map(json.loads, lines) if call[0] != "list"]
+        return [call for call in map(json.loads, lines) if call not in (["list"], ["kv", "stats"])]
 
 
 _PROGRAM = """
@@ -212,6 +244,20 @@ _PROGRAM = """
         say("error", message, done=True, ok=False, data={"exit_code": code})
         print("solocard: " + message, file=sys.stderr)
         sys.exit(code)
+    if arguments[0] == "kv":
+        report = json.loads((here / "report.json").read_text())
+        if arguments[1] == "verify":
+            say("verify", "reading every record", done_bytes=5872025, total_bytes=11744051)
+            give_up = time.monotonic() + 20
+            while (here / "held").exists() and time.monotonic() < give_up:
+                time.sleep(0.01)
+        if arguments[1] == "purge":
+            report["tenants"] = [t for t in report["tenants"] if t["name"] != arguments[2]]
+            (here / "report.json").write_text(json.dumps(report))
+        message = {"stats": "KV cache", "verify": "1,300 records opened and authenticated: all good",
+                   "purge": arguments[2] + ": key destroyed" if len(arguments) > 2 else ""}[arguments[1]]
+        say("kv", message, done=True, ok=True, data=report)
+        sys.exit(0)
     bundles = json.loads((here / "bundles.json").read_text())
     if arguments[0] != "list":
         wanted = arguments[1] if arguments[0] == "activate" else next(b["bundle_id"] for b in bundles if b["previous"])

@@ -17,7 +17,7 @@ Watch and manage one Solocard appliance from this terminal.
 
 The console reads from the running server (SOLOCARD_HOME/run/admin.sock) and acts by running
 `solocard ... --json`; it shows each command it runs. It works while the server is down.
-Keys: F1 overview, F2 models, F3 logs, ? help, q quit."""
+Keys: F1 overview, F2 models, F3 logs, F4 cache, ? help, q quit."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

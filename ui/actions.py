@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from textual.binding import BindingType
 
 EVERYWHERE = "app"
-MODES = ("overview", "models", "logs")
+MODES = ("overview", "models", "logs", "cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,15 @@ ACTIONS = (
     Action("overview", "f1", "F1"),
     Action("models", "f2", "F2"),
     Action("logs", "f3", "F3"),
+    Action("cache", "f4", "F4"),
     Action("activate", "a", "a", "models"),
     Action("rollback", "b", "b", "models"),
     Action("reload", "r", "r", "models"),
     Action("filter", "slash", "/", "logs"),
     Action("follow", "f", "f", "logs"),
+    Action("purge", "p", "p", "cache"),
+    Action("verify", "v", "v", "cache"),
+    Action("renew", "r", "r", "cache"),
     Action("help", "question_mark", "?"),
     Action("palette", "colon,ctrl+p", ":"),
     Action("quit", "q,ctrl+q,ctrl+c", "q"),

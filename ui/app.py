@@ -1,4 +1,4 @@
-"""The console's application: three screens, one view of the server, one loop that looks at it."""
+"""The console's application: four screens, one view of the server, one loop that looks at it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ui.actions import EVERYWHERE, MODES, Action, bindings
 from ui.backend import AnswerError, ServerDownError
 from ui.context import Context
 from ui.messages import StatusArrived, StatusLost
+from ui.screens.cache import CacheScreen
 from ui.screens.help import HelpScreen
 from ui.screens.logs import LogsScreen
 from ui.screens.models import ModelsScreen
@@ -44,9 +45,11 @@ class ConsoleApp(App[None]):
         super().__init__(ansi_color=True if context.terminal.native_colors else None)
         self.context = context
         self.models_screen = ModelsScreen(context)
+        self.cache_screen = CacheScreen(context)
         self.add_mode("overview", lambda: OverviewScreen(context))
         self.add_mode("models", lambda: self.models_screen)
         self.add_mode("logs", lambda: LogsScreen(context))
+        self.add_mode("cache", lambda: self.cache_screen)
 
     async def on_mount(self) -> None:
         self.register_theme(CALM)
@@ -105,6 +108,9 @@ class ConsoleApp(App[None]):
     def action_logs(self) -> None:
         self.switch_mode("logs")
 
+    def action_cache(self) -> None:
+        self.switch_mode("cache")
+
     def action_help(self) -> None:
         self.push_screen(HelpScreen(self.context))
 
@@ -112,11 +118,14 @@ class ConsoleApp(App[None]):
         self.push_screen(PaletteScreen(self.context), self.run_chosen)
 
     async def action_quit(self) -> None:
-        """Leave, unless a command that changes the appliance is under way."""
-        if self.models_screen.changing:
+        """Leave, unless a command that changes the appliance is under way; one that only reads is cut off."""
+        acting = (self.models_screen, self.cache_screen)
+        if any(screen.changing for screen in acting):
             self.notify(self.context.strings.busy, markup=False)
-        else:
-            self.exit()
+            return
+        for screen in acting:
+            screen.cut_off()
+        self.exit()
 
     def run_chosen(self, action: Action | None) -> None:
         """Run what the palette returned, on the screen it belongs to."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance.errors import SolocardError, UsageError
-from appliance.wire import KvStatus, Status
+from appliance.wire import KvMiss, KvReport, KvStatus, KvTenant, Status
 
 TIMEOUT_S = 3.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -42,6 +42,9 @@ class ConsoleBackend(Protocol):
     def log(self, lines: int) -> tuple[str, ...]:
         """The newest ``lines`` lines of the server's log, oldest first. Raises as ``status``."""
 
+    def kv(self) -> KvReport:
+        """What the KV cache holds. Raises as ``status``."""
+
 
 def read_status(raw: dict[str, Any]) -> Status:
     """A Status whose every field has the type of its default; raises TypeError or ValueError naming the field."""
@@ -50,10 +53,31 @@ def read_status(raw: dict[str, Any]) -> Status:
     _check_fields("kv.", status.kv, KvStatus())
     for note in status.notes:
         _check_value("notes", note, "")
-    for reason, tokens in status.kv.miss_reasons.items():
-        _check_value("kv.miss_reasons", tokens, 0)
-        _check_value("kv.miss_reasons", reason, "")
+    _check_counts("kv.miss_reasons", status.kv.miss_reasons)
     return status
+
+
+def read_report(raw: dict[str, Any]) -> KvReport:
+    """As ``read_status``, of a KvReport: what ``GET /admin/v1/kv`` answers and ``solocard kv stats --json`` prints."""
+    report = KvReport.from_dict(raw)
+    _check_fields("", report, KvReport())
+    _check_fields("status.", report.status, KvStatus())
+    for tenant in report.tenants:
+        _check_fields("tenants.", tenant, KvTenant())
+    for miss in report.misses:
+        _check_fields("misses.", miss, KvMiss())
+    for problem in report.problems:
+        _check_value("problems", problem, "")
+    for name in ("roles", "logged_reasons"):
+        _check_counts(name, getattr(report, name))
+    _check_counts("status.miss_reasons", report.status.miss_reasons)
+    return report
+
+
+def _check_counts(name: str, counts: dict[str, int]) -> None:
+    for key, value in counts.items():
+        _check_value(name, value, 0)
+        _check_value(name, key, "")
 
 
 def _check_fields(prefix: str, value: Any, template: Any) -> None:
@@ -107,6 +131,12 @@ class SocketBackend:
             raise AnswerError(f"{self.path}: /admin/v1/log has no list of lines")
         return tuple(str(line) for line in listed[-lines:])
 
+    def kv(self) -> KvReport:
+        try:
+            return read_report(self._get("/admin/v1/kv"))
+        except (TypeError, ValueError) as error:
+            raise AnswerError(f"{self.path}: /admin/v1/kv is not a report: {error}") from error
+
     def _get(self, target: str) -> dict[str, Any]:
         connection = UnixConnection(self.path, self.timeout_s)
         try:
@@ -154,6 +184,11 @@ class ReplayBackend:
 
     def log(self, lines: int) -> tuple[str, ...]:
         return ()
+
+    def kv(self) -> KvReport:
+        """What the status last played says of it; a recording holds no more."""
+        status = self._statuses[max(self._next - 1, 0)].kv
+        return KvReport(status=status, live=True)
 
 
 def read_replay(path: Path) -> ReplayBackend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.message import Message
 
 from appliance.errors import SolocardError
-from appliance.wire import Progress, Status
+from appliance.wire import KvReport, Progress, Status
 from ui.command import Command, Outcome
 
 
@@ -35,6 +35,22 @@ class LogArrived(Message):
 
 class LogLost(Message):
     """The log could not be read."""
+
+    def __init__(self, problem: str, *, down: bool) -> None:
+        super().__init__()
+        self.problem, self.down = problem, down
+
+
+class KvArrived(Message):
+    """What the KV cache holds, from the server."""
+
+    def __init__(self, report: KvReport) -> None:
+        super().__init__()
+        self.report = report
+
+
+class KvLost(Message):
+    """The server did not say what the KV cache holds."""
 
     def __init__(self, problem: str, *, down: bool) -> None:
         super().__init__()

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
 from pathlib import Path
 
 import pytest
-from ui_support import STATUS, FakeAdmin
+from ui_support import REPORT, STATUS, FakeAdmin
 
 from appliance.errors import UsageError
-from appliance.wire import Status
+from appliance.wire import KvReport, KvStatus, Status
 from ui.backend import (
     MAX_ANSWER_BYTES,
     AnswerError,
@@ -86,6 +87,48 @@ def test_a_log_without_lines_is_refused(admin: FakeAdmin, backend: SocketBackend
     admin.raw = (200, b'{"lines": "many"}')
     with pytest.raises(AnswerError, match="no list of lines"):
         backend.log(5)
+
+
+def test_the_cache_crosses_the_socket_whole(admin: FakeAdmin, backend: SocketBackend) -> None:
+    assert backend.kv() == REPORT
+    assert admin.asked == ["/admin/v1/kv"]
+
+
+def test_the_cache_of_a_newer_and_of_an_older_server(admin: FakeAdmin, backend: SocketBackend) -> None:
+    newer = {**REPORT.to_dict(), "shards": 3, "status": {**dataclasses.asdict(REPORT.status), "tiers": 2}}
+    newer["tenants"] = [{**tenant, "quota": 5} for tenant in newer["tenants"]]
+    admin.raw = (200, json.dumps(newer).encode())
+    assert backend.kv() == REPORT
+    admin.raw = (200, b'{"status": {"used_bytes": 7}, "tenants": [{"name": "a"}]}')
+    assert backend.kv().status == KvStatus(used_bytes=7)
+    assert backend.kv().tenants[0].size_bytes == 0
+    admin.report, admin.raw = None, None
+    with pytest.raises(AnswerError, match="/admin/v1/kv answered HTTP 404"):
+        backend.kv()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"tenants": [{"size_bytes": "big"}]}', "tenants.size_bytes is 'big', not a number"),
+        (b'{"tenants": 3}', "is not a report"),
+        (b'{"misses": [{"reason": 3}]}', "misses.reason is 3, not str"),
+        (b'{"status": {"blocks": null}}', "status.blocks is None, not a number"),
+        (b'{"logged_reasons": {"ttl": "many"}}', "logged_reasons is 'many'"),
+        (b'{"problems": [[]]}', r"problems is \[\], not str"),
+    ],
+)
+def test_a_report_nobody_can_read_names_what_is_wrong(
+    admin: FakeAdmin, backend: SocketBackend, body: bytes, message: str
+) -> None:
+    admin.raw = (200, body)
+    with pytest.raises(AnswerError, match=message):
+        backend.kv()
+
+
+def test_a_recording_tells_of_the_cache_what_its_status_says() -> None:
+    backend = ReplayBackend([STATUS])
+    assert backend.kv() == KvReport(status=STATUS.kv, live=True)
 
 
 def test_an_older_console_reads_a_newer_server(admin: FakeAdmin, backend: SocketBackend) -> None:

@@ -40,10 +40,12 @@ def test_a_plan_names_what_changes_the_command_and_the_undo() -> None:
     bundles = read_bundles({"bundles": BUNDLES})
     plan = activation(bundles.rows[2], bundles.current, EN, shown)
     assert plan.expected == "solocard-demo-1-00aa11bb22cc"
-    assert plan.before.startswith("solocard-demo-3-0123456789ab, version 1.2.0")
-    assert plan.after.startswith("solocard-demo-1-00aa11bb22cc, version 1.0.0")
-    assert plan.command == "solocard activate solocard-demo-1-00aa11bb22cc"
-    assert plan.undo == "solocard rollback"
+    assert [label for label, _ in plan.rows] == [EN.change_from, EN.change_to, EN.command_label, EN.undo_label]
+    before, after, command, undo = (text for _, text in plan.rows)
+    assert before.startswith("solocard-demo-3-0123456789ab, version 1.2.0")
+    assert after.startswith("solocard-demo-1-00aa11bb22cc, version 1.0.0")
+    assert command == "solocard activate solocard-demo-1-00aa11bb22cc"
+    assert undo == "solocard rollback"
     assert EN.older_release.format(new=1, old=3) in plan.warnings
 
 
@@ -57,4 +59,5 @@ def test_rolling_back_runs_rollback_and_asks_for_the_previous_id() -> None:
 def test_the_first_activation_has_no_undo() -> None:
     bundles = read_bundles({"bundles": [{**BUNDLES[0], "current": False}]})
     plan = activation(bundles.rows[0], None, EN, shown)
-    assert (plan.before, plan.undo) == (EN.change_nothing, EN.undo_none)
+    assert dict(plan.rows)[EN.change_from] == EN.change_nothing
+    assert dict(plan.rows)[EN.undo_label] == EN.undo_none

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ui_support import STATUS, FakeSolocard, assert_golden, console, open_console, screen_lines, settled, until
 
+from appliance.wire import KvReport
 from ui.actions import ACTIONS, EVERYWHERE, MODES, hints
 from ui.app import ConsoleApp
 from ui.backend import ReplayBackend
@@ -21,9 +22,19 @@ from ui.strings.en import EN
 from ui.widgets.confirm import TypedConfirm
 
 
+class CountingBackend(ReplayBackend):
+    """Counts the looks at the cache: one may begin and end within a key press and leave the screen as it was."""
+
+    looks = 0
+
+    def kv(self) -> KvReport:
+        self.looks += 1
+        return super().kv()
+
+
 @pytest.fixture
 def app(home: Path, solocard: FakeSolocard) -> ConsoleApp:
-    return console(home, backend=ReplayBackend([STATUS]))
+    return console(home, backend=CountingBackend([STATUS]))
 
 
 async def test_help_lists_every_key(app: ConsoleApp) -> None:
@@ -109,11 +120,15 @@ async def test_every_key_of_the_table_does_something_and_nothing_breaks(
     def seen() -> object:
         # A reload may begin and end within one key press and leave the screen as it was: its command counts.
         commands = len(solocard.called.read_text()) if solocard.called.exists() else 0
-        return (app.is_running, app.screen, app.models_screen.running, screen_lines(app), commands)
+        assert isinstance(app.context.backend, CountingBackend)
+        looks = app.context.backend.looks
+        return (app.is_running, app.screen, app.models_screen.running, looks, screen_lines(app), commands)
 
     async with open_console(app, (80, 24)) as pilot:
-        await pilot.press({"models": "f2", "logs": "f3"}.get(scope, "f2" if key == "f1" else "f1"))
-        await until(pilot, lambda: app.models_screen.running is None, "an idle console")
+        await pilot.press({"models": "f2", "logs": "f3", "cache": "f4"}.get(scope, "f2" if key == "f1" else "f1"))
+        idle = (app.models_screen, app.cache_screen)
+        await until(pilot, lambda: all(screen.running is None for screen in idle), "an idle console")
+        await until(pilot, lambda: not app.cache_screen.looking, "the look at the cache")
         before = seen()
         await pilot.press(key)
         await until(pilot, lambda: not app.is_running or seen() != before, f"something to come of {key}")

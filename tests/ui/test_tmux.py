@@ -96,7 +96,7 @@ def test_watch_filter_roll_back_and_leave(
     terminal.press("Tab")
     terminal.until("[ Cancel ]")
     terminal.press(SECOND)
-    terminal.until("The id matches.")
+    terminal.until("That matches.")
     terminal.press("Enter")
     terminal.until("[>Roll back<]")
     terminal.press("Enter")

@@ -105,6 +105,8 @@ class CommandScreen(ConsoleScreen):
 
     def ending(self, event: CommandEnded) -> str:
         strings, outcome = self.context.strings, event.outcome
+        if self.stop.is_set():
+            return strings.command_stopped
         if outcome is None:
             return strings.command_broken.format(message=event.error)
         if outcome.ok:

@@ -32,7 +32,6 @@ class HelpScreen(ModalScreen[None]):
         with Vertical(classes="dialog"):
             yield Section(strings.help_title, self.context.glyphs)
             yield Static("\n".join(help_lines(strings)), markup=False)
-            yield Static(strings.help_close, markup=False)
 
 
 def help_lines(strings: Strings) -> list[str]:
@@ -44,7 +43,7 @@ def help_lines(strings: Strings) -> list[str]:
         own = [_line(a, strings) for a in actions.in_scope(mode)]
         if own:
             lines += [str(getattr(strings, mode)), *own]
-    return [*lines, ""]
+    return lines
 
 
 def _line(action: actions.Action, strings: Strings) -> str:

@@ -30,6 +30,8 @@ class Strings:
     models_help: str
     logs: str
     logs_help: str
+    cache: str
+    cache_help: str
     help: str
     help_help: str
     palette: str
@@ -46,6 +48,12 @@ class Strings:
     filter_help: str
     follow: str
     follow_help: str
+    purge: str
+    purge_help: str
+    verify: str
+    verify_help: str
+    renew: str
+    renew_help: str
 
     # overview
     model: str
@@ -104,6 +112,7 @@ class Strings:
     command_ok: str
     command_failed: str
     command_broken: str
+    command_stopped: str
     command_none: str
     busy: str
     already_in_service: str
@@ -139,10 +148,51 @@ class Strings:
     logs_replay: str
     filter_prompt: str
 
+    # KV cache
+    cache_loading: str
+    cache_failed: str
+    cache_replay: str
+    cache_down: str
+    cache_logged: str
+    cache_none_logged: str
+    cache_today: str
+    cache_written: str
+    cache_written_of: str
+    cache_holds: str
+    cache_holds_line: str
+    cache_damaged: str
+    cache_purged: str
+    reasons_title: str
+    reasons_title_of: str
+    reasons_none: str
+    reasons_more: str
+    reason_too_short: str
+    reason_no_unit: str
+    reason_fingerprint: str
+    reason_ttl: str
+    reason_evicted: str
+    reason_corrupt: str
+    reason_policy: str
+    reason_unknown: str
+    tenants_title: str
+    tenants_none: str
+    column_tenant: str
+    column_blocks: str
+    column_units: str
+    column_used: str
+    never: str
+    ago: str
+    just_now: str
+    purge_title: str
+    purge_what: str
+    purge_warning: str
+    purge_undo: str
+    tenant_line: str
+    type_tenant: str
+
     # help and palette
     help_title: str
     help_everywhere: str
-    help_close: str
     palette_title: str
     palette_no_match: str
     moving: str

@@ -50,7 +50,7 @@ class TypedConfirm(ModalScreen[bool]):
         with Vertical(classes="dialog"):
             yield Section(plan.title, self.context.glyphs)
             yield Static(self._body(), id="confirm-body", markup=False)
-            yield Static(strings.type_to_confirm, markup=False)
+            yield Static(plan.question, markup=False)
             with Horizontal(id="confirm-line"):
                 yield Static("> ", markup=False, id="confirm-mark")
                 yield Input(id="confirm-input", select_on_focus=False)
@@ -60,15 +60,8 @@ class TypedConfirm(ModalScreen[bool]):
                 yield Choice(plan.verb, id="go", disabled=True)
 
     def _body(self) -> str:
-        plan, strings = self.plan, self.context.strings
-        rows = [
-            (strings.change_from, plan.before),
-            (strings.change_to, plan.after),
-            (strings.command_label, plan.command),
-            (strings.undo_label, plan.undo),
-        ]
-        lines = [line for label, text in rows for line in hanging(label, printable(text))]
-        return "\n".join(["", *lines, "", *plan.warnings, ""])
+        lines = [line for label, text in self.plan.rows for line in hanging(label, printable(text))]
+        return "\n".join(["", *lines, "", *self.plan.warnings, ""])
 
     def on_mount(self) -> None:
         self.set_focus(self.query_one("#cancel"))
@@ -79,7 +72,7 @@ class TypedConfirm(ModalScreen[bool]):
         matches = typed == self.plan.expected
         self.query_one("#go", Choice).disabled = not matches
         self.query_one("#go", Choice).refresh()
-        verdict = strings.typed_right if matches else strings.typed_wrong.format(bundle=self.plan.expected)
+        verdict = strings.typed_right if matches else strings.typed_wrong.format(expected=self.plan.expected)
         self.query_one("#confirm-verdict", Static).update(verdict if typed else "")
 
     @on(Input.Submitted, "#confirm-input")
