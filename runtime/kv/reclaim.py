@@ -45,8 +45,8 @@ class Ground(Protocol):
         """Free for this user on the store's file system."""
         ...
 
-    def live_tenants(self) -> frozenset[bytes]:
-        """Ids of the tenants whose keys exist."""
+    def live_tenants(self) -> frozenset[bytes] | None:
+        """Ids of the tenants whose keys exist; None where a key file does not open: then nobody is taken for gone."""
         ...
 
     def open_segment(self) -> int | None:
@@ -144,9 +144,10 @@ class _Reclaim:
         return sorted(closed or found, key=lambda c: (c.density, c.number))
 
     def give_up(self, victim: _Candidate) -> bool:
-        """Remove one segment, what is hot in it copied first; False when pinned rows fill it: then it is spared."""
-        if victim.number == self._ground.open_segment():
-            self._ground.seal_open()
+        """Remove one segment, what is hot in it copied first; False when it holds more pinned rows than may be copied.
+
+        Then it is spared for the rest of the call.
+        """
         rows = self._ground.index.rows_of(victim.number)
         moved = self._copy(victim, rows)
         if moved is None:
@@ -167,6 +168,8 @@ class _Reclaim:
         pinned_bytes = sum(row.size_bytes for row in kept)
         if pinned_bytes > room_bytes:
             return None
+        if victim.number == self._ground.open_segment():
+            self._ground.seal_open()
         try:
             return self._ground.copy_forward([*kept, *self._hottest(rows, room_bytes - pinned_bytes)])
         except OSError as error:
@@ -187,11 +190,14 @@ class _Reclaim:
         return chosen
 
     def _tombstones(self, rows: Sequence[Row], moved: Sequence[Row]) -> dict[Row, int]:
-        """What a later miss is told about checkpoints and tails that go now."""
-        stay = {(row.chain, row.kind) for row in moved}
-        gone = [r for r in rows if r.kind is not Kind.BLOCK and r.readable and (r.chain, r.kind) not in stay]
-        expired = self._ground.policy.expired
-        return {row: State.EXPIRED if expired(row.role, row.used_s, self._now_s) else State.EVICTED for row in gone}
+        """What a later miss is told about checkpoints and tails that go now, and about damaged records."""
+        stay, expired = {(row.chain, row.kind) for row in moved}, self._ground.policy.expired
+        marks: dict[Row, int] = {row: State.DAMAGED for row in rows if row.state is State.DAMAGED}
+        for row in rows:
+            if row.kind is not Kind.BLOCK and row.readable and (row.chain, row.kind) not in stay:
+                gone_by_time = expired(row.role, row.used_s, self._now_s)
+                marks[row] = State.EXPIRED if gone_by_time else State.EVICTED
+        return marks
 
     def _measure(self) -> Worth:
         oldest_s = min((s.created_s for s in self._ground.index.segments()), default=self._now_s)

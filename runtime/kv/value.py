@@ -1,8 +1,10 @@
 """What stored records are worth: the tokens they save, less with every half-life they lie unused.
 
-value = tokens · (1 + HIT_WEIGHT · hits) · 2^(−age/half-life), where 2^−x is drawn straight between whole x. A record
-that nobody can read again is worth nothing: damaged, expired, of a tenant whose key is destroyed, or of another
-fingerprint and not used for a day (until then a server that goes back to its old weights finds its cache).
+value = tokens · (1 + HIT_WEIGHT · min(hits, HITS_COUNTED)) · 2^(−age/half-life), where 2^−x is drawn straight between
+whole x. A record that nobody can read again is worth nothing: damaged, expired, of a tenant whose key is destroyed, or
+of another fingerprint and not used for a day (until then a server that goes back to its old weights finds its cache).
+The constants are measured on generated and public traces (benchmarks/kv_trace.py): what was hit once is likely to be
+hit again, and a half-life that is long beside the time a cache looks back on keeps the dead.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from runtime.kv.index import Row, State
 from runtime.kv.policy import DAY_S, Policy
 from runtime.kv.record import Role
 
-HIT_WEIGHT = 0.2
+HIT_WEIGHT = 4.0
+HITS_COUNTED = 3
 SPAN_SHARE = 0.1  # a half-life is at most this share of the time the cache looks back on
 SUPERSEDED_SHARE = 0.0625
 OTHER_FINGERPRINT_SHARE = 0.0625
@@ -26,7 +29,7 @@ _HALVINGS = 60
 _SUMS = """
 SELECT segment, tenant_id, SUM(value) FROM (
   SELECT segment, tenant_id,
-    share * (1.0 + :weight * hits) * :tokens
+    share * (1.0 + :weight * MIN(hits, :counted)) * :tokens
       * (1.0 - (x - CAST(x AS INTEGER)) / 2.0) / (1 << CAST(x AS INTEGER)) AS value
   FROM (
     SELECT segment, tenant_id, hits,
@@ -47,7 +50,7 @@ class Worth:
 
     policy: Policy
     fingerprint_id: bytes
-    tenants: Set[bytes]
+    tenants: Set[bytes] | None  # those whose keys exist; None where that cannot be told
     now_s: int
     span_s: int
 
@@ -58,19 +61,23 @@ class Worth:
     def of(self, row: Row) -> float:
         """The value of one record."""
         share = {State.LIVE: 1.0, State.SUPERSEDED: SUPERSEDED_SHARE}.get(row.state, 0.0)
-        if row.tenant_id not in self.tenants or self.policy.expired(row.role, row.used_s, self.now_s):
+        if not self._known(row.tenant_id) or self.policy.expired(row.role, row.used_s, self.now_s):
             return 0.0
         if row.fingerprint_id != self.fingerprint_id:
             share *= OTHER_FINGERPRINT_SHARE if row.used_s >= self.now_s - OTHER_FINGERPRINT_S else 0.0
         x = min(max(self.now_s - row.used_s, 0) / self.half_life_s(row.role), _HALVINGS)
-        return share * (1 + HIT_WEIGHT * row.hits) * BLOCK_TOKENS * (1 - (x - int(x)) / 2) / (1 << int(x))
+        weight = 1 + HIT_WEIGHT * min(row.hits, HITS_COUNTED)
+        return share * weight * BLOCK_TOKENS * (1 - (x - int(x)) / 2) / (1 << int(x))
+
+    def _known(self, tenant_id: bytes) -> bool:
+        return self.tenants is None or tenant_id in self.tenants
 
     def sums(self, connection: sqlite3.Connection) -> dict[int, float]:
         """Segment → the sum of its records' values, by one query; segments without records are not in it."""
         values: dict[str, object] = {
-            "now": self.now_s, "weight": HIT_WEIGHT, "tokens": BLOCK_TOKENS, "halvings": _HALVINGS,
-            "superseded": SUPERSEDED_SHARE, "fingerprint": self.fingerprint_id, "other": OTHER_FINGERPRINT_SHARE,
-            "since_other": self.now_s - OTHER_FINGERPRINT_S,
+            "now": self.now_s, "weight": HIT_WEIGHT, "counted": HITS_COUNTED, "tokens": BLOCK_TOKENS,
+            "halvings": _HALVINGS, "superseded": SUPERSEDED_SHARE, "fingerprint": self.fingerprint_id,
+            "other": OTHER_FINGERPRINT_SHARE, "since_other": self.now_s - OTHER_FINGERPRINT_S,
         }  # fmt: skip
         for role in Role:
             ttl_s = self.policy.ttl_s.get(role, 0)
@@ -78,5 +85,5 @@ class Worth:
             values[f"since{role:d}"] = self.now_s - ttl_s if ttl_s > 0 else 0
         found: dict[int, float] = {}
         for segment, tenant_id, value in connection.execute(_SUMS, values):
-            found[segment] = found.get(segment, 0.0) + (value if tenant_id in self.tenants else 0.0)
+            found[segment] = found.get(segment, 0.0) + (value if self._known(tenant_id) else 0.0)
         return found
