@@ -1,85 +1,38 @@
-"""kill -9 at any point: what was acknowledged is there, bit by bit; everything else is a clean miss.
+"""kill -9 by count: what was acknowledged is there, bit by bit; nothing bad is served; writing goes on.
 
-A child stores the story of ``kv_support`` and is killed at a chosen IO call; what it printed was acknowledged.
+A story (``kv_story_support``) is told in a forked child that dies at its N-th call; then its store is opened here.
+The whole sweep, 1,000 kills, is tests/hostile/test_kv_kills.py.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
-import kv_support
 import pytest
-from kv_support import (
-    STORY,
-    FaultIo,
-    assert_hit,
-    block_payload,
-    checkpoint_payload,
-    disk_bytes,
-    open_store,
-    prompt,
-    put,
-    tell_story,
-)
+from kv_fault_support import memory_folder
+from kv_kill_support import NEVER, KillIo, Kills, Warm
+from kv_story_support import Piece, job_of, make_story, open_faulty
+
+SEED = 4
 
 
-def _calls(directory):
-    """The IO calls of the story, in order."""
-    io = FaultIo()
-    tell_story(directory, io)
-    return io.calls
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as process:
+        yield process
 
 
-def _start(directory, at, when):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, kv_support.__file__, str(directory), str(at), when]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def folder():
+    with memory_folder() as path:
+        yield path
 
 
-def _acknowledged(output):
-    stored = [tuple(int(v) for v in line.split()[1:]) for line in output.splitlines()]
-    assert stored == list(STORY[: len(stored)])
-    return stored
-
-
-def _check(directory, stored):
-    """Reopen twice; look everything up; then finish the story and look again."""
-    for attempt in range(2):
-        store = open_store(directory)
-        assert store.status().used_bytes == disk_bytes(directory)
-        for chat, tokens in stored:
-            assert_hit(store, chat, tokens)
-        for chat, tokens in STORY[len(stored) :]:
-            hit = store.lookup("default", prompt(chat, tokens + 1))
-            known = [t for c, t in STORY[: len(stored) + 1] if c == chat]  # at most one more than was printed
-            assert hit.tokens == 0 or hit.tokens in known
-            assert hit.reason == ("" if hit.tokens == tokens else "no-unit")
-            assert hit.blocks == [block_payload(chat, i) for i in range(hit.tokens // 256)]
-            assert hit.checkpoint == (checkpoint_payload(chat, hit.tokens) if hit.tokens else None)
-        if attempt:
-            for chat, tokens in STORY:
-                assert put(store, chat, tokens).stored
-                assert_hit(store, chat, tokens)
-            assert store.status().used_bytes == disk_bytes(directory)
-        store.close()
-
-
-def _kill_at(directory, at, when):
-    child = _start(directory, at, when)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL
-    stored = _acknowledged(output)
-    _check(directory, stored)
-    return stored
-
-
-def _pick(calls, name, seed):
-    return random.Random(seed).choice([i for i, call in enumerate(calls) if call == name])
+@pytest.fixture(scope="module")
+def told(warm):
+    """Kills of one story with reclaims; the undisturbed telling is paid once."""
+    with memory_folder() as path:
+        yield Kills(warm, path, SEED, small=True)
 
 
 @pytest.mark.parametrize(("name", "when"), [
@@ -87,48 +40,40 @@ def _pick(calls, name, seed):
     ("pwrite", "after"),  # between pwrite and fdatasync
     ("fdatasync", "after"),  # between fdatasync and commit
     ("sync_directory", "before"),  # a new segment whose name is not durable yet
+    ("commit", "before"),  # everything is on the disk but the rows
     ("commit", "after"),  # committed, but nobody was told
 ])  # fmt: skip
-def test_killed_between_the_steps(tmp_path, name, when):
-    calls = _calls(tmp_path / "calls")
-    at = _pick(calls, name, seed=f"{name} {when}")
-    stored = _kill_at(tmp_path / "kv", at, when)
-    assert len(stored) == calls[:at].count("commit")
+def test_killed_between_the_steps(told, name, when):
+    places = [at for at, call in enumerate(told.calls["io"]) if call == name]
+    assert told.kill("io", random.Random(f"{name} {when}").choice(places), when) == []
 
 
-def test_the_order_is_write_sync_commit(tmp_path):
-    open_store(tmp_path / "kv").close()
-    io = FaultIo()
-    store = open_store(tmp_path / "kv", io=io)
-    assert put(store, 0, 512).stored
-    assert io.calls == ["pwrite", "pwrite", "pwrite", "fdatasync", "sync_directory", "commit"]
-    assert put(store, 1, 512).stored  # rolls over into a second segment
-    assert io.calls[6:] == ["pwrite", "pwrite", "pwrite", "fdatasync", "fdatasync", "sync_directory", "commit"]
+@pytest.mark.parametrize("small", [False, True])
+def test_killed_at_seeded_calls(warm, folder, small):
+    """Half of them at the store's own calls, half at any system call that changes the disk, SQLite's too."""
+    kills, rng = Kills(warm, folder, SEED + 1, small), random.Random(f"kills {small}")
+    for count in ("io", "call"):
+        for at in rng.sample(range(len(kills.calls[count])), 5):
+            assert kills.kill(count, at, rng.choice(["before", "after"])) == []
+
+
+def test_the_order_is_write_sync_commit(folder):
+    io = KillIo(NEVER, "")
+    store = open_faulty(folder / "kv", make_story(SEED, small=False), io)
+
+    def calls_of(piece):
+        begin = len(io.calls)
+        assert store.put(job_of(piece)).stored
+        calls = io.calls[begin:]
+        end = calls.index("commit") + 1
+        assert set(calls[end:]) <= {"commit"}  # nothing is written once the rows are there
+        return calls[:end]
+
+    calls_of(Piece("default", 0, 256, (256,)))  # makes the tenant and the first segment
+    one = calls_of(Piece("default", 1, 256, (256,)))
+    assert one == ["pwrite", "pwrite", "fdatasync", "commit"]
+    many = calls_of(Piece("default", 2, 1280, (1280,)))  # fills this segment, seals it, starts another
+    assert many[-3:] == ["fdatasync", "sync_directory", "commit"]
+    assert set(many[:-3]) == {"pwrite", "fdatasync"}
+    assert many.index("fdatasync") > max(i for i, call in enumerate(many) if call == "pwrite")
     store.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_every_call(tmp_path, when):
-    calls = _calls(tmp_path / "calls")
-    counts = [len(_kill_at(tmp_path / f"kv{at}", at, when)) for at in range(len(calls))]
-    assert counts == sorted(counts)
-    assert (counts[0], counts[-1]) == (0, len(STORY) - 1)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
-    """Not at a call: wherever SQLite or the interpreter happens to be."""
-    begin = time.monotonic()
-    _calls(tmp_path / "calls")
-    story_s, rng, reached = time.monotonic() - begin, random.Random(7), set()
-    for attempt in range(25):
-        child = _start(tmp_path / f"kv{attempt}", 1 << 60, "never")
-        while not (tmp_path / f"kv{attempt}" / "lock").exists():
-            time.sleep(0.001)
-        time.sleep(rng.random() * story_s)
-        child.kill()
-        stored = _acknowledged(child.communicate(timeout=60)[0])
-        reached.add(len(stored))
-        _check(tmp_path / f"kv{attempt}", stored)
-    assert len(reached) > 2
