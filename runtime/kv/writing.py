@@ -77,6 +77,11 @@ class Writing:
             reason = self._make_room(plans, ground.segments.need_bytes(sizes))
             if reason:
                 return reason
+        for plan in plans:
+            for key in plan.used:
+                ground.uses.touch(key, self._now_s, hits=0)
+        if not sizes and not any(plan.superseded or plan.job.replays or plan.job.note for plan in plans):
+            return ""
         before = ground.segments.total_bytes
         rows = [self._append(draft) for plan in plans for draft in plan.drafts]
         if rows:
@@ -97,6 +102,9 @@ class Writing:
 
     def note(self, plans: Iterable[Plan]) -> None:
         """Commit the request log of jobs that are not stored."""
+        plans = [plan for plan in plans if plan.job.note]
+        if not plans:
+            return
         self._ground.index.begin()
         self._add_notes(plans)
         self._ground.index.commit()

@@ -17,21 +17,27 @@ from kv_support import (
     assert_hit,
     assert_miss,
     block_payload,
+    blocks_of,
     checkpoint_payload,
     disk_bytes,
+    look_up,
     make_fingerprint,
     make_spec,
     open_store,
     prompt,
     put,
+    reason,
     tiny_layout,
 )
 
 from appliance.errors import BusyError, EngineError, StoreError
+from runtime.kv.files import Io
+from runtime.kv.footer import footer_bytes
 from runtime.kv.layout import KvLayout
-from runtime.kv.record import record_bytes
-from runtime.kv.segment import SEGMENT_BYTES, Io
-from runtime.kv.store import KvStore
+from runtime.kv.policy import Policy
+from runtime.kv.record import Role, record_bytes
+from runtime.kv.segment import SEGMENT_BYTES
+from runtime.kv.store import KvStore, PutJob, PutResult, Unit
 from runtime.schedule import prompt_boundary
 
 
@@ -61,7 +67,7 @@ def test_hits_at_the_exact_boundary(tmp_path):
         assert_miss(store, 1, 600, "no-unit")
         changed = prompt(0, 600)
         changed[100] += 1
-        assert store.lookup("default", changed).reason == "no-unit"
+        assert reason(store, changed) == "no-unit"
     store.close()
     assert with_restart[0] == with_restart[1] == disk_bytes(tmp_path / "kv")
 
@@ -73,28 +79,28 @@ def test_the_longest_stored_boundary_wins(tmp_path):
     assert_hit(store, 0, 1024)
     assert_hit(store, 0, 768)
     assert_hit(store, 0, 256, more=200)
-    hit = store.lookup("default", [*prompt(0, 900), *prompt(5, 900)])  # leaves the chat inside its fourth block
-    assert (hit.tokens, hit.reason, len(hit.blocks)) == (768, "no-unit", 3)
+    hit, blocks = look_up(store, [*prompt(0, 900), *prompt(5, 900)])  # leaves the chat inside its fourth block
+    assert (hit.tokens, hit.reason, len(blocks), hit.common_tokens) == (768, "no-unit", 3, 768)
+    hit, _ = look_up(store, prompt(0, 700))  # c(700) = 512 has its blocks, and no checkpoint
+    assert (hit.tokens, hit.reason, hit.common_tokens) == (256, "no-unit", 512)
     store.close()
 
 
 def test_a_fork_shares_its_blocks(tmp_path):
     store = open_store(tmp_path / "kv")
-    asked = []
-
-    def block(i):
-        asked.append(i)
-        return block_payload(0, i)
-
-    first = store.put("default", prompt(0, 1024), block, checkpoint_payload(0, 1024))
+    first = put(store, 0, 1024)
     fork = [*prompt(0, 768), *prompt(9, 256)]
-    second = store.put("default", fork, block, checkpoint_payload(9, 1024))
-    assert asked == [0, 1, 2, 3, 3]
+    blocks = {**blocks_of(0, 768), 3: block_payload(9, 0)}
+    unit = Unit(1024, Role.PROMPT, checkpoint_payload(9, 1024))
+    second = store.put(PutJob("default", fork, blocks, [unit]))
     assert (first.records, second.records) == (5, 2)
-    again = store.put("default", fork, block, checkpoint_payload(9, 1024))
-    assert (again.stored, again.records, again.written_bytes) == (True, 0, 0)
-    assert asked == [0, 1, 2, 3, 3]
-    assert store.status().used_bytes == disk_bytes(tmp_path / "kv") == first.written_bytes + second.written_bytes
+    for again in (PutJob("default", fork, blocks, [unit]), PutJob("default", fork, {}, [unit])):
+        assert store.put(again) == PutResult(True, "", 0, 0)
+    assert store.status().used_bytes == disk_bytes(tmp_path / "kv")
+    sizes = record_bytes(tiny_layout().block_bytes), record_bytes(tiny_layout().checkpoint_bytes)
+    assert first.written_bytes + second.written_bytes == 5 * sizes[0] + 2 * sizes[1]
+    hit, got = look_up(store, [*fork, 1])
+    assert (hit.tokens, got) == (1024, [blocks[i] for i in range(4)])
     store.close()
 
 
@@ -115,7 +121,7 @@ def test_status_counts_tokens_and_reasons(tmp_path):
 def test_switched_off_by_policy(tmp_path):
     store = open_store(tmp_path / "kv", max_bytes=0)
     result = put(store, 0, 256)
-    assert (result.stored, result.reason) == (False, "policy")
+    assert (result.stored, result.reason) == (False, "policy: the KV cache is switched off")
     assert_miss(store, 0, 300, "policy")
     assert not store.status().enabled
     assert disk_bytes(tmp_path / "kv") == 0
@@ -171,32 +177,12 @@ def test_another_layout_is_named(tmp_path):
     store.close()
     layout = KvLayout.from_spec(make_spec(dataclasses.replace(TINY, sliding_window=32)))
     store = KvStore.open(tmp_path / "kv", layout=layout, fingerprint=make_fingerprint(layout), master_key=MASTER_KEY,
-                         max_bytes=QUOTA)  # fmt: skip
+                         policy=Policy(max_bytes=QUOTA))  # fmt: skip
     assert_miss(store, 0, 600, "fingerprint: layout")
     store.close()
     with pytest.raises(EngineError, match="another layout"):
         KvStore.open(tmp_path / "kv", layout=layout, fingerprint=make_fingerprint(tiny_layout()),
-                     master_key=MASTER_KEY, max_bytes=QUOTA)  # fmt: skip
-
-
-def test_wrong_calls_store_nothing(tmp_path):
-    store = open_store(tmp_path / "kv")
-    for tokens in (0, 255, 257):
-        with pytest.raises(EngineError, match="multiple of 256"):
-            store.put("default", prompt(0, tokens), lambda i: b"", b"")
-    with pytest.raises(EngineError, match="KV block has 3 bytes"):
-        store.put("default", prompt(0, 256), lambda i: b"abc", checkpoint_payload(0, 256))
-    with pytest.raises(EngineError, match="KV checkpoint has 3 bytes"):
-        store.put("default", prompt(0, 256), lambda i: block_payload(0, i), b"abc")
-    with pytest.raises(ZeroDivisionError):
-        store.put("default", prompt(0, 256), lambda i: bytes(1 // i), checkpoint_payload(0, 256))
-    with pytest.raises(EngineError, match="ids below"):
-        store.put("default", [-1] * 256, lambda i: block_payload(0, i), checkpoint_payload(0, 256))
-    assert store.status().used_bytes == disk_bytes(tmp_path / "kv") == 0
-    assert store.status().writing
-    assert put(store, 0, 256).stored
-    assert_hit(store, 0, 256)
-    store.close()
+                     master_key=MASTER_KEY, policy=Policy(max_bytes=QUOTA))  # fmt: skip
 
 
 def test_segments_roll_and_all_of_them_are_read(tmp_path):
@@ -217,7 +203,10 @@ def test_files_are_for_the_owner_only(tmp_path):
     store = open_store(tmp_path / "kv")
     put(store, 0, 256)
     assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
-    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "kv").iterdir()} == {0o600}
+    everything = [f for f in (tmp_path / "kv").rglob("*") if f.is_file()]
+    assert len(everything) > 4
+    assert {f.stat().st_mode & 0o777 for f in everything} == {0o600}
+    assert (tmp_path / "kv" / "tenants").stat().st_mode & 0o777 == 0o700
     store.close()
 
 
@@ -225,7 +214,7 @@ def test_nothing_readable_on_disk(tmp_path):
     store = open_store(tmp_path / "kv")
     put(store, 0, 256, tenant="a-tenant-name")
     store.close()
-    everything = b"".join(f.read_bytes() for f in (tmp_path / "kv").iterdir())
+    everything = b"".join(f.read_bytes() for f in (tmp_path / "kv").rglob("*") if f.is_file())
     assert block_payload(0, 0)[:16] not in everything
     assert b"a-tenant-name" not in everything
     assert b"".join(i.to_bytes(4, "little") for i in prompt(0, 8)) not in everything
@@ -272,7 +261,7 @@ def test_status_does_not_wait_for_the_disk(tmp_path):
 
 def test_the_index_is_as_durable_as_promised(tmp_path):
     store = open_store(tmp_path / "kv")
-    settings = [store._index._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    settings = [store._ground.index.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
     assert settings == ["wal", 2]  # 2 = FULL: every commit is synced
     store.close()
 
@@ -288,3 +277,4 @@ def test_a_directory_that_cannot_be_used(tmp_path):
 def test_record_sizes_of_the_real_model():
     assert record_bytes(899_648) == 901_120
     assert record_bytes(3_644_416) == 3_645_440
+    assert footer_bytes(297) == 45_056  # of a segment full of blocks
