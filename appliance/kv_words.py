@@ -18,15 +18,22 @@ MEANING = {
     "corrupt": "a stored record failed its check and is not used; run `solocard kv verify`",
     "policy": "the cache is off or may not write; see `writes` above and kv.enabled in config.yaml",
 }
-REMEDY = {
+REMEDY = {  # what a reason to stop writing contains → what to do; the first that fits
+    "kv.daily_write_bytes": "wait until then, or raise kv.daily_write_bytes in config.yaml and restart the server",
+    "kv.min_free_bytes": "free disk space; stored prompts are still read",
     "quota": "raise kv.max_bytes in config.yaml and restart the server",
-    "budget": "wait until tomorrow (UTC), or raise kv.daily_write_bytes",
+    "slower than": "nothing: what was not written is computed again, and stored later",
     "policy": "set kv.enabled: true in config.yaml and restart the server",
     "ENOSPC": "free disk space; stored prompts are still read",
     "EDQUOT": "free disk space; stored prompts are still read",
     "EROFS": "the file system is read-only; check the disk, then restart the server",
     "EIO": "the disk fails; check it, then restart the server",
 }
+
+
+def remedy(reason: str) -> str:
+    """What to do about it; that reading goes on where nothing is known."""
+    return next((text for mark, text in REMEDY.items() if mark in reason), "stored prompts are still read")
 
 
 def stats_lines(home: Path, report: KvReport) -> list[str]:
@@ -85,7 +92,7 @@ def _writes(report: KvReport) -> str:
         return "no server is running"
     if kv.writing:
         return "yes"
-    return f"no: {kv.reason}; {REMEDY.get(kv.reason.partition(':')[0], 'stored prompts are still read')}"
+    return f"no: {kv.reason}; {remedy(kv.reason)}"
 
 
 def _hits(report: KvReport) -> str:

@@ -118,7 +118,7 @@ def _share(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         approvals.approve(text)
         lines = [
             f"shared: what is stored of this system prompt ({len(text):,} characters{ending}) serves all tenants",
-            "a request uses it when its system prompt is exactly this text, or begins with it as the server describes",
+            "a request uses it when its first message is a system message of exactly this text; tools are not shared",
         ]
     return {"lines": lines, "characters": len(text), "removed": args.remove}
 

@@ -92,7 +92,7 @@ def _filled(report: KvReport, index: Index, infos: list[TenantInfo]) -> KvReport
         status = report.status if report.live else _counted(report.status, index)
         return replace(
             report, status=status, tenants=tuple(sorted(named, key=lambda tenant: -tenant.size_bytes)),
-            roles=_roles(db), damaged=_count(db, "SELECT COUNT(*) FROM record WHERE state = 1"),
+            roles=_roles(db), damaged=_count(db, "SELECT COUNT(*) FROM record WHERE state = 1 AND segment >= 0"),
             purged_bytes=sum(tenant.size_bytes for tenant in held.values()), logged_requests=log.requests,
             logged_prompt_tokens=log.prompt_tokens, logged_hit_tokens=log.hit_tokens, logged_reasons=log.reasons,
             misses=tuple(requests.newest_misses(db)),

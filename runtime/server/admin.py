@@ -1,19 +1,23 @@
 """The admin socket: read-only, for whoever may open a file of mode 0600. No key, no way to change anything.
 
-``GET /admin/v1/status`` → appliance.wire.Status as JSON; ``GET /admin/v1/log?lines=N`` → the log's last lines.
+``GET /admin/v1/status`` → appliance.wire.Status as JSON; ``GET /admin/v1/kv`` → appliance.wire.KvReport;
+``GET /admin/v1/log?lines=N`` → the log's last lines.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from starlette.responses import JSONResponse
 
 from appliance.errors import BusyError, UsageError
+from appliance.wire import KvReport
 from runtime.server.http import App, Scope
 from runtime.server.limits import Receive
 from runtime.server.service import Service
@@ -25,11 +29,15 @@ MAX_LOG_BYTES = 1 << 20  # looked at from the end
 _SOCKET_PATH_BYTES = 107  # Linux sun_path without its zero
 
 
-def build_admin_app(service: Service, log_path: Path) -> App:
-    """The ASGI application behind ``run/admin.sock``."""
+def build_admin_app(service: Service, log_path: Path, kv_report: Callable[[], KvReport] = KvReport) -> App:
+    """The ASGI application behind ``run/admin.sock``; ``kv_report`` reads the index, in a thread of its own."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        status, body = _answer(service, log_path, scope)
+        if scope["path"] == "/admin/v1/kv" and scope["method"] in ("GET", "HEAD"):
+            status: int = 200
+            body: object = (await asyncio.to_thread(kv_report)).to_dict()
+        else:
+            status, body = _answer(service, log_path, scope)
         response = JSONResponse(body, status)
         await send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": bytes(response.body), "more_body": False})
@@ -47,7 +55,7 @@ def _answer(service: Service, log_path: Path, scope: Scope) -> tuple[int, object
         if not asked.isascii() or not asked.isdigit() or len(asked) > 9 or not 1 <= int(asked) <= MAX_LOG_LINES:
             return 400, {"error": f"lines must be 1 to {MAX_LOG_LINES}"}
         return 200, {"lines": tail_lines(log_path, int(asked))}
-    return 404, {"error": "known paths: /admin/v1/status, /admin/v1/log"}
+    return 404, {"error": "known paths: /admin/v1/status, /admin/v1/kv, /admin/v1/log"}
 
 
 def tail_lines(path: Path, count: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import logging.handlers
@@ -26,8 +27,9 @@ import uvicorn
 
 from appliance.config import Config, check_loopback
 from appliance.errors import RequestError, UsageError
-from appliance.wire import ADMIN_SOCKET, FULL, KvStatus
+from appliance.wire import ADMIN_SOCKET, FULL, KvReport, KvStatus
 from runtime.chat.encoding import CONTROL_LITERALS, EOS, dialect
+from runtime.kv.contents import read_report
 from runtime.request import EngineLike, KvLike
 from runtime.scheduler import Scheduler
 from runtime.server.admin import bind_admin_socket, build_admin_app
@@ -132,7 +134,8 @@ async def serve(
         listener.close()
         raise
     ending = ending or Ending()
-    servers = [_Server(build_app(service), _HTTP), _Server(build_admin_app(service, home / LOG_FILE), {})]
+    report = functools.partial(kv_report, home, service)
+    servers = [_Server(build_app(service), _HTTP), _Server(build_admin_app(service, home / LOG_FILE, report), {})]
     service.scheduler.start()
     tasks = [asyncio.create_task(s.serve([sock])) for s, sock in zip(servers, (listener, admin), strict=True)]
     with _signals(ending), _pid_file(home / PID_FILE, ending):
@@ -153,6 +156,11 @@ async def serve(
     if not await asyncio.to_thread(service.scheduler.stop, FLUSH_S):
         _log.warning("the engine is still in a call; leaving it behind")
     return ending.outcome
+
+
+def kv_report(home: Path, service: Service) -> KvReport:
+    """What the KV cache holds: the store's own counts, and the rest from its files."""
+    return read_report(home, service.kv_status(), live=True)
 
 
 async def _drain(service: Service, drain_s: float, cut_off: asyncio.Event) -> None:

@@ -1,5 +1,6 @@
 """The admin socket, the key folder, and the whole process with its signals."""
 
+import dataclasses
 import http.client
 import json
 import os
@@ -13,13 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+from kv_support import MASTER_KEY, open_store, put
 from serve_live import BUNDLE_ID, live, until
 from serve_support import FakeEngine, FakeKv
 
 from appliance.errors import BusyError, UsageError
 from appliance.keys import new_key, revoke_key
-from appliance.server_link import read_status
-from appliance.wire import ADMIN_SOCKET
+from appliance.server_link import read_kv, read_status
+from appliance.wire import ADMIN_SOCKET, KvReport
 from runtime.server.admin import bind_admin_socket, tail_lines
 from runtime.server.auth import Caller
 from runtime.server.keys import KeyFolder
@@ -63,6 +65,33 @@ def test_the_socket_is_ours_alone_and_read_only(tmp_path) -> None:
         assert stat.S_IMODE((tmp_path / ADMIN_SOCKET).stat().st_mode) == 0o600
         assert admin_get(tmp_path, "/admin/v1/status", "POST")[0] == 405
         assert admin_get(tmp_path, "/v1/models")[0] == 404
+
+
+def test_the_kv_cache_over_the_socket(tmp_path) -> None:
+    with live(tmp_path, FakeEngine(), FakeKv()) as server:
+        server.chat(max_tokens=3)
+        report = read_kv(tmp_path)
+        assert report.live
+        assert report.status == server.service.kv_status()
+        assert (report.tenants, report.problems) == ((), ())
+        status, body = admin_get(tmp_path, "/admin/v1/kv")
+        assert status == 200
+        assert set(body) == {field.name for field in dataclasses.fields(KvReport)}
+        assert admin_get(tmp_path, "/admin/v1/kv", "POST")[0] == 405
+
+
+def test_what_the_files_hold_is_told_beside_the_writer(tmp_path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/kv-master").write_bytes(MASTER_KEY)
+    (tmp_path / "keys/kv-master").chmod(0o600)
+    store = open_store(tmp_path / "kv")
+    put(store, 1, 512, "team-b")
+    with live(tmp_path, FakeEngine(), FakeKv()):
+        (tenant,) = read_kv(tmp_path).tenants
+        assert (tenant.name, tenant.blocks, tenant.checkpoints) == ("team-b", 2, 1)
+        (tmp_path / "keys/kv-master").chmod(0o644)
+        assert "chmod 600" in read_kv(tmp_path).problems[0]
+    store.close()
 
 
 def test_log_lines_over_the_socket(tmp_path) -> None:
