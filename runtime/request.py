@@ -144,3 +144,4 @@ class Request:
     shared_tokens: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     queued_at_s: float = 0.0  # scheduler clock
+    usage: Usage | None = None  # as far as it is known, also of a request that ends early

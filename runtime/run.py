@@ -68,16 +68,14 @@ class Run:
                 reason = self._decode()
             except _Cancelled:
                 self._metrics.cancelled()
-                self._finish(suspend=self._parts.suspending())
+                self._finish(suspend=self._parts.suspending(), replays=self._replays())
                 return
             except BaseException:
                 self._finish(suspend=False)
                 raise
             for delta in self._request.transcript.flush():
                 self._request.emit(delta)
-            # Where answers are not reused as prompts, a history is computed anew in the tokenizer's own way.
-            replays = self._request.transcript.replays(self._sampled) if self._parts.reuse_mixed else {}
-            self._finish(suspend=self._parts.suspending(), replays=replays)
+            self._finish(suspend=self._parts.suspending(), replays=self._replays())
         self._request.emit(Finished(reason, self._usage()))
 
     @property
@@ -129,6 +127,7 @@ class Run:
                 self._seq, self._hit = self._engine.open(), _MISS("corrupt", 0)
         self._metrics.prompt(self._prompt_tokens, self._hit.tokens)
         self._metrics.looked_up(self._hit.reason)
+        request.usage = self._usage()
         if self._parts.writer is not None:
             self._keeper = Keeper(
                 request, self._engine, self._seq, self._parts.writer.submit, self._hit,
@@ -192,8 +191,13 @@ class Run:
         if self._keeper is not None:
             self._keeper.after_call(self._ids)
 
+    def _replays(self) -> Mapping[str, Sequence[int]]:
+        """Of the answer so far; none where answers are not reused, there a history takes the tokenizer's own way."""
+        return self._request.transcript.replays(self._sampled) if self._parts.reuse_mixed else {}
+
     def _finish(self, *, suspend: bool, replays: Mapping[str, Sequence[int]] | None = None) -> None:
         """What ended is on disk: also for a client that gave up, because it will ask again at once."""
+        self._request.usage = self._usage()
         if self._keeper is None:
             return
         note = Note(time.time(), self._prompt_tokens, self._hit.tokens, len(self._sampled), self._hit.reason)

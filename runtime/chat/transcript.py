@@ -57,7 +57,7 @@ class Transcript:
         return [*deltas, *self._noted([Delta("content", rest)] if rest else [])]
 
     def replays(self, tokens: Sequence[int]) -> Mapping[str, Sequence[int]]:
-        """After :meth:`flush`: what to keep so that this answer of ``tokens``, sent back, gives the same ids again."""
+        """What to keep so that this answer of ``tokens``, sent back as it was shown, gives the same ids again."""
         reasoning, content = "".join(self._said["reasoning"]), "".join(self._said["content"])
         return replays_of(
             self._tokenizer, tokens, reasoning=reasoning if self._thinking else None, content=content,

@@ -209,6 +209,7 @@ class _Chat:
                 finished = await self._collect(request, answer, writer, receive, send)
         except BaseException:
             service.scheduler.cancel(request)  # the client is gone, the stream broke, or the server stops
+            exchange.usage = request.usage or exchange.usage
             raise
         exchange.usage, exchange.reason = finished.usage, finished.reason
 

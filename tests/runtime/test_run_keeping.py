@@ -183,10 +183,26 @@ def test_a_draining_server_suspends_what_ends_and_what_it_cuts_off(make) -> None
         last = client.wait()[1]
         assert isinstance(last, Failed if cut_off else Finished)
         assert scheduler.stop(10)
+        assert request.usage.prompt_tokens == 300
         (ids,) = [ids for _, ids in kv.tails]
         assert list(ids[:300]) == list(request.prompt_ids)
         assert 300 < len(ids) <= 339
         assert cut_off or len(ids) == 339
+
+
+def test_an_answer_cut_off_comes_back_as_it_was_sampled(make) -> None:
+    kv = FakeKv()
+    engine = FakeEngine(spell("the king is in the thing " * 40), step_s=0.002)
+    scheduler = make(engine, kv, reuse_mixed=True)
+    client = Client()
+    scheduler.submit(client.request(300, max_tokens=2000))
+    for _ in range(20):
+        client.events.get(timeout=10)
+    scheduler.refuse("going down")
+    scheduler.abort(RequestError("cut off", status=503))
+    assert scheduler.stop(10)
+    (ids,) = [ids for _, ids in kv.tails]
+    assert list(kv.replays.values()) == [list(ids[300:])]
 
 
 # -- cancelled and failed requests
