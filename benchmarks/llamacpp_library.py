@@ -109,7 +109,7 @@ class Model:
 class Context:
     """One sequence (number 0) of ``model``.
 
-    ``n_ctx`` tokens of context, batches of 2,048 tokens computed in pieces of 512, all else as llama.cpp's defaults are.
+    ``n_ctx`` tokens of context, batches of 2,048 tokens computed in pieces of 512, all else by llama.cpp's defaults.
     """
 
     def __init__(self, model: Model, n_ctx: int, *, threads: int = 1, cache: str = "f16") -> None:
