@@ -31,7 +31,8 @@ _log = logging.getLogger("solocard.kv")
 
 _SCHEMA = """
 CREATE TABLE segment (
-    number INTEGER PRIMARY KEY, end_bytes INTEGER NOT NULL, sealed INTEGER NOT NULL, created_s INTEGER NOT NULL
+    number INTEGER PRIMARY KEY, end_bytes INTEGER NOT NULL, sealed INTEGER NOT NULL, created_s INTEGER NOT NULL,
+    records INTEGER NOT NULL
 );
 CREATE TABLE record (
     chain BLOB NOT NULL, kind INTEGER NOT NULL, role INTEGER NOT NULL,
@@ -140,9 +141,9 @@ class Index:
     # -- reading
 
     def segments(self) -> list[SegmentRow]:
-        query = "SELECT number, end_bytes, sealed, created_s FROM segment ORDER BY number"
-        return [SegmentRow(number, end, bool(sealed), created)
-                for number, end, sealed, created in self.connection.execute(query)]  # fmt: skip
+        query = "SELECT number, end_bytes, sealed, created_s, records FROM segment ORDER BY number"
+        return [SegmentRow(number, end, bool(sealed), created, records)
+                for number, end, sealed, created, records in self.connection.execute(query)]  # fmt: skip
 
     def find(self, chains: Sequence[bytes]) -> Rows:
         """Every row, whatever its state, whose chain hash is asked for."""
@@ -187,8 +188,8 @@ class Index:
 
     def set_segments(self, segments: Iterable[SegmentRow]) -> None:
         self.connection.executemany(
-            "INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?)",
-            [(s.number, s.end_bytes, int(s.sealed), s.created_s) for s in segments],
+            "INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?, ?)",
+            [(s.number, s.end_bytes, int(s.sealed), s.created_s, s.records) for s in segments],
         )
 
     def add_tails(self, tails: Iterable[tuple[bytes, bytes, int]]) -> None:

@@ -100,7 +100,8 @@ def _scan(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> tuple
         end = path.stat().st_size // ALIGN_BYTES * ALIGN_BYTES if sealed else _end(headers)
         if not headers:
             continue
-        segments.append(SegmentRow(number, end, sealed, min(header.created_s for header in headers)))
+        created_s = min(header.created_s for header in headers)
+        segments.append(SegmentRow(number, end, sealed, created_s, len(headers)))
         for header in headers:
             key = header.chain, header.kind
             if key not in found or _age(found[key][0]) <= (header.created_s, number, header.offset):

@@ -32,6 +32,7 @@ class SegmentRow:
     end_bytes: int
     sealed: bool
     created_s: int
+    records: int = 0  # what the footer will list
 
 
 class Segments:
@@ -62,7 +63,7 @@ class Segments:
     def promised_bytes(self) -> int:
         """What the files hold, what is written and not yet accepted, and the footer the open segment will get."""
         number = self.open_segment()
-        footer = 0 if number is None else footer_bytes(self._count(number))
+        footer = 0 if number is None else footer_bytes(self.rows()[number].records)
         return self.total_bytes + footer
 
     @property
@@ -116,7 +117,8 @@ class Segments:
     def need_bytes(self, sizes_bytes: Iterable[int]) -> int:
         """How much ``promised_bytes`` will grow when records of these sizes (padding included) are appended."""
         number = self.open_segment()
-        end, count = (0, 0) if number is None else (self.rows()[number].end_bytes, self._count(number))
+        row = None if number is None else self.rows()[number]
+        end, count = (row.end_bytes, row.records) if row else (0, 0)
         total = -(footer_bytes(count) if count else 0)
         for size_bytes in sizes_bytes:
             if count and end + size_bytes + footer_bytes(count + 1) > self._segment_bytes:
@@ -134,7 +136,7 @@ class Segments:
         """
         number = self._with_room(draft.size_bytes, now_s)
         header = dataclasses.replace(draft, epoch=self._epoch, offset=self._end(number))
-        self._write(number, seal(header, payload, cipher), now_s)
+        self._write(number, seal(header, payload, cipher), now_s, records=1)
         self._packed.append(header.pack())
         return number, header
 
@@ -174,20 +176,16 @@ class Segments:
         self._epoch = secrets.token_bytes(EPOCH_BYTES)  # a place may have been written before: never with this epoch
         self._packed = [header.pack() for header in walk(self._fds[number], self._end(number), self._io)]
 
-    def _write(self, number: int, raw: bytes | bytearray, now_s: int) -> None:
+    def _write(self, number: int, raw: bytes | bytearray, now_s: int, records: int = 0) -> None:
         row = self.rows().get(number) or SegmentRow(number, 0, False, now_s)
-        self._pending[number] = dataclasses.replace(row, end_bytes=row.end_bytes + len(raw))
+        self._pending[number] = dataclasses.replace(
+            row, end_bytes=row.end_bytes + len(raw), records=row.records + records
+        )
         self._io.pwrite(self._fds[number], raw, row.end_bytes)
 
     def _end(self, number: int) -> int:
         row = self.rows().get(number)
         return row.end_bytes if row else 0
-
-    def _count(self, number: int) -> int:
-        """Records in the open segment; needed before it is opened for appending too."""
-        if number not in self._fds:
-            self._open(number)
-        return len(self._packed)
 
     # -- committing
 

@@ -321,7 +321,7 @@ class KvStore:
             self._closed = True
             try:
                 self._ground.write_uses()
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
                 _log.warning("KV index: what lookups noticed is lost (%s)", error)
                 self._ground.rollback()
             with self._reading:
