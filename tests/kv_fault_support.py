@@ -65,6 +65,14 @@ def done_lists(lines: Sequence[str]) -> list[frozenset[str]]:
     return found
 
 
+def ever(story: Story, lists: Sequence[frozenset[str]]) -> frozenset[str]:
+    """Whatever was stored after the purge, and before it by others than the purged: an index made again may find it."""
+    purge = next(i for i, step in enumerate(story.steps) if step.what == "purge")
+    gone = story.steps[purge].tenant + "/"
+    before = {name for names in lists[:purge] for name in names if not name.startswith(gone)}
+    return frozenset(before).union(*lists[purge:])
+
+
 def problems(directory: Path, story: Story, told: Acknowledged, *, rebuilt: bool = False) -> list[str]:
     """Open what a fault left, look everything up, put something new: what is wrong, in words; [] = nothing.
 

@@ -22,7 +22,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from kv_fault_support import Acknowledged, done_lists, problems
+from kv_fault_support import Acknowledged, done_lists, ever, problems
 from kv_story_support import make_story, open_faulty, say, seeded, tell
 
 from runtime.kv.files import Io
@@ -222,13 +222,6 @@ class Kills:
         result = self._run(name, "tell", count, at, when)
         return Acknowledged.read(result.lines, self.story, self.undisturbed)
 
-    def ever(self) -> frozenset[str]:
-        """Everything that was stored once, but for what was purged: a rebuilt index may find it again."""
-        purge = next(i for i, step in enumerate(self.story.steps) if step.what == "purge")
-        purged = self.story.steps[purge].tenant + "/"
-        before = {name for names in self.undisturbed[:purge] for name in names if not name.startswith(purged)}
-        return frozenset(before).union(*self.undisturbed[purge:])
-
     def kill_opening(self, begin: str, rng: random.Random, told: Acknowledged, rebuilt: bool = False) -> list[str]:
         """Copy the directory ``begin``, kill an opening of it at a chosen call, look at what is left."""
         shutil.copytree(self._folder / begin, self._folder / "counted")
@@ -252,6 +245,38 @@ class Kills:
         found = problems(self._folder / name, self.story, told, rebuilt=rebuilt)
         shutil.rmtree(self._folder / name, ignore_errors=True)
         return [f"story {self._seed} {what}: {problem}" for problem in found]
+
+
+class Sweep:
+    """Kills of one story, even seeds under a small quota; ``found`` has what was wrong."""
+
+    def __init__(self, warm: Warm, folder: Path, seed: int) -> None:
+        self.folder, self.rng = folder, random.Random(f"sweep {seed}")
+        self.kills, self.found = Kills(warm, folder, seed, small=seed % 2 == 0), list[str]()
+
+    def while_told(self, count: int) -> None:
+        for number in range(count):
+            unit = ("io", "call")[number % 2]
+            at = self.rng.randrange(len(self.kills.calls[unit]))
+            self.found += self.kills.kill(unit, at, self.rng.choice(["before", "after"]))
+
+    def while_recovering(self, count: int) -> None:
+        """Kill a telling, then the opening of what it left."""
+        for number in range(count):
+            calls, unit = self.kills.calls, ("io", "call")[number % 2]
+            told = self.kills.leave(unit, self.rng.randrange(len(calls[unit])), "after", "left")
+            self.found += self.kills.kill_opening("left", self.rng, told)
+            shutil.rmtree(self.folder / "left")
+
+    def while_rebuilding(self, count: int) -> None:
+        """Kill the opening of a finished story whose index is lost."""
+        begin, lists = self.folder / "no index", self.kills.undisturbed
+        shutil.copytree(self.folder / "whole io", begin)
+        for path in begin.glob("index.sqlite3*"):
+            path.unlink()
+        told = Acknowledged(len(lists), lists[-1], ever(self.kills.story, lists))
+        for _ in range(count):
+            self.found += self.kills.kill_opening("no index", self.rng, told, rebuilt=True)
 
 
 if __name__ == "__main__":

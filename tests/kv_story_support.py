@@ -189,6 +189,7 @@ def say(line: str) -> None:
 def tell(directory: Path, story: Story, io: Io, say: Callable[[str], None] = say) -> None:
     """Do the story's steps and say what is acknowledged; a put that is not stored ends it with an error."""
     store = open_faulty(directory, story, io)
+    before: Places = {}
     for number, step in enumerate(story.steps):
         say(f"begin {number}")
         now_s = NOW_S + 60 * number
@@ -202,8 +203,39 @@ def tell(directory: Path, story: Story, io: Io, say: Callable[[str], None] = say
         else:
             store.close()
             store = open_faulty(directory, story, io, now_s)
-        say(f"done {number} {json.dumps(sorted(names(directory, story)))}")
+        after = places(directory)
+        _explain(directory, story, step, before, after)
+        say(f"done {number} {json.dumps(sorted(names(directory, story, after)))}")
+        before = after
     store.close()
+
+
+Places = dict[tuple[bytes, int], int]
+
+
+def places(directory: Path) -> Places:
+    """(chain hash, kind) → segment of every record that the index has now and would read."""
+    uri = f"file:{directory / 'index.sqlite3'}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        rows = db.execute("SELECT chain, kind, segment FROM record WHERE state IN (0, 4)")
+        return {(chain, kind): segment for chain, kind, segment in rows}
+
+
+def _explain(directory: Path, story: Story, step: Step, before: Places, after: Places) -> None:
+    """What was just acknowledged is listed; what is listed no more was in a segment that is gone."""
+    if step.what == "put":
+        missing = {name for piece in step.pieces for name in names_of(piece)} - names(directory, story, after)
+        assert not missing, f"acknowledged and not listed: {missing}"
+    for key in before.keys() - after.keys():
+        assert not (directory / f"{before[key]:04d}.kvs").exists(), "a record is gone, its segment is not"
+
+
+def names_of(piece: Piece) -> set[str]:
+    """The records of one put."""
+    where = f"{piece.tenant}/{piece.chat}"
+    found = {f"{where}/block/{i}" for i in range(piece.tokens // 256)}
+    found |= {f"{where}/unit/{tokens}" for tokens in piece.units}
+    return found | ({f"{where}/tail/{piece.tail}"} if piece.tail else set())
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +256,9 @@ def look(store: KvStore, tenant: str, chat: int, tokens: int, *, tails: bool = F
     return Found(hit, seen)
 
 
-def names(directory: Path, story: Story) -> set[str]:
+def names(directory: Path, story: Story, listed: Places | None = None) -> set[str]:
     """The records that the index has now: ``tenant/chat/block/i``, ``…/unit/tokens``, ``…/tail/tokens``."""
-    uri = f"file:{directory / 'index.sqlite3'}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        rows = set(db.execute("SELECT chain, kind FROM record WHERE state IN (0, 4)"))
+    rows = places(directory) if listed is None else listed
     return {name for key, found in named(directory, story).items() if key in rows for name in found}
 
 

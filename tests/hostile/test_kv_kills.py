@@ -7,11 +7,10 @@ lost index is built again.
 from __future__ import annotations
 
 import random
-import shutil
 
 import pytest
-from kv_fault_support import Acknowledged, memory_folder
-from kv_kill_support import Kills, Warm
+from kv_fault_support import memory_folder
+from kv_kill_support import Kills, Sweep, Warm
 
 STORIES = 10
 
@@ -26,36 +25,6 @@ def warm():
 def folder():
     with memory_folder() as path:
         yield path
-
-
-class Sweep:
-    """Kills of one story; ``found`` has what was wrong."""
-
-    def __init__(self, warm, folder, seed):
-        self.folder, self.rng = folder, random.Random(f"sweep {seed}")
-        self.kills, self.found = Kills(warm, folder, seed, small=seed % 2 == 0), []
-
-    def while_told(self, count):
-        for number in range(count):
-            unit = ("io", "call")[number % 2]
-            at = self.rng.randrange(len(self.kills.calls[unit]))
-            self.found += self.kills.kill(unit, at, self.rng.choice(["before", "after"]))
-
-    def while_recovering(self, count):
-        for number in range(count):
-            calls, unit = self.kills.calls, ("io", "call")[number % 2]
-            told = self.kills.leave(unit, self.rng.randrange(len(calls[unit])), "after", "left")
-            self.found += self.kills.kill_opening("left", self.rng, told)
-            shutil.rmtree(self.folder / "left")
-
-    def while_rebuilding(self, count):
-        begin, lists = self.folder / "no index", self.kills.undisturbed
-        shutil.copytree(self.folder / "whole io", begin)
-        for path in begin.glob("index.sqlite3*"):
-            path.unlink()
-        told = Acknowledged(len(lists), lists[-1], self.kills.ever())
-        for _ in range(count):
-            self.found += self.kills.kill_opening("no index", self.rng, told, rebuilt=True)
 
 
 @pytest.mark.slow

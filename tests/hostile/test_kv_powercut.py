@@ -7,84 +7,19 @@ The slow sweep has 1,000 cuts. Broken stores show that a cut can be seen to lose
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
 import sqlite3
 import sys
 
-import kv_mutant_support
 import pytest
-from kv_disk_support import Link, Write, lay_out
-from kv_fault_support import Acknowledged, done_lists, memory_folder, problems
+from kv_disk_support import lay_out
+from kv_fault_support import memory_folder
 from kv_powercut_support import after_cut, cut_points
 from kv_recording_support import record
-from kv_story_support import make_story
+from kv_scene_support import ENVIRONMENT, Scene
 
 STORIES = 10
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def small(seed):
-    """Even seeds are told under a small quota."""
-    return seed % 2 == 0
-
-
-class Scene:
-    """A recorded story and the cuts that are tried on it."""
-
-    def __init__(self, folder, seed, mutant="none"):
-        self.folder, self.seed = folder, seed
-        self.story = make_story(seed, small=small(seed))
-        root = folder / f"story {seed} {mutant}"
-        root.mkdir()
-        self.recording = record(root, self.command(root, mutant, "tell"), ENVIRONMENT)
-        shutil.rmtree(root)
-        self.undisturbed = done_lists(self.recording.said(1 << 60))
-        assert len(self.undisturbed) == len(self.story.steps)
-
-    def command(self, root, mutant, what):
-        return [sys.executable, kv_mutant_support.__file__, str(root / "kv"), str(self.seed),
-                "small" if small(self.seed) else "large", mutant, what]  # fmt: skip
-
-    def told(self, at):
-        return Acknowledged.read(self.recording.said(at), self.story, self.undisturbed)
-
-    def cut(self, at, rng):
-        """What is wrong after one cut, if anything."""
-        tree, files = after_cut(self.recording, at, rng)
-        state = self.folder / "state"
-        lay_out(tree, files, state)
-        told = self.told(at)
-        found = problems(state / "kv", self.story, told)
-        shutil.rmtree(state)
-        return [f"story {self.seed} cut at {at}: {problem}" for problem in [*found, *self.secrets(files, told)]]
-
-    def secrets(self, files, told):
-        """A key file of a purged tenant that is still somewhere on the disk, under any name or none."""
-        purge = next(i for i, step in enumerate(self.story.steps) if step.what == "purge")
-        if told.done > purge:
-            for key in self.keys_before(purge):
-                if any(key in data for data in files.values()):
-                    yield "the wrapped secret of a purged tenant is still on the disk"
-
-    def keys_before(self, purge):
-        """Contents of the key files written before the purge that are there no more after it."""
-        lines = {c.text: c.begin for c in self.recording.changes if hasattr(c, "text")}
-        begin = lines[f"begin {purge}"]
-        made = {c.inode for c in self.recording.changes
-                if isinstance(c, Link) and c.name.endswith(".key") and c.begin < begin}  # fmt: skip
-        zeroed = {c.inode for c in self.recording.changes
-                  if isinstance(c, Write) and c.begin > begin and c.inode in made}  # fmt: skip
-        gone = zeroed or made  # a broken purge that does not overwrite
-        return [c.data for c in self.recording.changes
-                if isinstance(c, Write) and c.inode in gone and c.begin < begin]  # fmt: skip
-
-    def cuts(self, count, seed="cuts"):
-        rng, found = random.Random(f"{seed} {self.seed}"), []
-        for at in cut_points(self.recording, rng, count):
-            found += self.cut(at, rng)
-        return found
 
 
 @pytest.fixture
@@ -102,6 +37,22 @@ def test_a_power_cut_loses_nothing_acknowledged(folder, seed):
 @pytest.mark.parametrize("seed", range(STORIES))
 def test_a_thousand_power_cuts(folder, seed):
     assert Scene(folder, seed).cuts(100, "slow") == []
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_power_cut_while_opening(folder, rebuild):
+    """Recovery and a rebuild of the index, cut off themselves."""
+    scene, rng = Scene(folder, 2), random.Random(f"opening {rebuild}")
+    assert scene.cuts_of_opening(rng, 8, rebuild=rebuild) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(STORIES))
+def test_many_power_cuts_while_opening(folder, seed):
+    scene, rng, found = Scene(folder, seed), random.Random(f"opening {seed}"), []
+    for number in range(6):
+        found += scene.cuts_of_opening(rng, 5, rebuild=number % 3 == 2)
+    assert found == []
 
 
 @pytest.mark.parametrize("mutant", ["NoDataSync", "CommitFirst", "NoDirectorySync", "SleepyIndex", "HalfPurge"])
