@@ -239,8 +239,7 @@ class KvStore:
         try:
             self._ground.index.remember(self._ground.fingerprint, now_s)
             if self._ground.policy.max_bytes > 0:
-                self._refused = reserve(self._ground, 0, frozenset(), now_s)
-                self._sweep()
+                self._refused = reserve(self._ground, 0, frozenset(), now_s)  # the first put sweeps: that takes longer
         except (OSError, sqlite3.Error) as error:
             self._undo()
             self._stop(error)

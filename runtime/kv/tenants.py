@@ -88,6 +88,8 @@ class Tenants:
                 known = None
             if known:
                 return known.keys
+            if path.exists() and not any(_read(path)):
+                self._io.unlink(path)  # left by a purge that was cut off
             make_directory(self._directory, self._io)
             write_new(path, self._wrap(path, name), self._io)
         raise StoreError(f"{path} is made and removed again and again; stop the purge")

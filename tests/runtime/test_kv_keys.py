@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from pathlib import Path
 
 import pytest
-from kv_support import ARITHMETIC, MASTER_KEY, make_fingerprint, prompt, tiny_layout
+from kv_support import ARITHMETIC, MASTER_KEY, make_fingerprint, open_store, prompt, tiny_layout
 
 from appliance.errors import EngineError, StoreError
 from runtime.kv.fingerprint import Fingerprint, difference, isa_class
-from runtime.kv.keys import derive_tenant, load_master_key
+from runtime.kv.keys import derive_master, derive_tenant, load_master_key
 
 
 def test_master_key_is_made_once(tmp_path):
@@ -55,20 +56,22 @@ def test_a_bad_key_file_is_refused(tmp_path):
         load_master_key(tmp_path / "file" / "kv-master")
 
 
-def test_tenants_share_nothing():
-    alice, bob, other = (derive_tenant(key, name) for key, name in (
-        (MASTER_KEY, "alice"), (MASTER_KEY, "bob"), (bytes(32), "alice")))  # fmt: skip
-    assert len({alice.tenant_id, bob.tenant_id, other.tenant_id}) == 3
-    assert len({alice.chain_key, bob.chain_key, other.chain_key}) == 3
-    sealed = alice.cipher.encrypt(bytes(12), b"x", None)
-    assert sealed != bob.cipher.encrypt(bytes(12), b"x", None)
-    assert derive_tenant(MASTER_KEY, "alice").tenant_id == alice.tenant_id
+def test_secrets_share_nothing():
+    alice, bob = derive_tenant(bytes(32)), derive_tenant(bytes(31) + b"1")
+    assert alice.tenant_id != bob.tenant_id
+    assert len(alice.tenant_id) == 16
+    assert len({alice.chain_key, bob.chain_key, bytes(32)}) == 3
+    sealed = {keys.encrypt(bytes(12), b"x", None) for one in (alice, bob) for keys in (one.cipher, one.replay_cipher)}
+    assert len(sealed) == 4
+    assert derive_tenant(bytes(32)).tenant_id == alice.tenant_id
     with pytest.raises(StoreError, match="has 31 bytes"):
-        derive_tenant(bytes(31), "alice")
+        derive_master(bytes(31))
+    with pytest.raises(StoreError, match="has 31 bytes"):
+        open_store(Path("unused"), master_key=bytes(31))
 
 
 def test_a_chain_depends_on_every_token_before():
-    keys, root = derive_tenant(MASTER_KEY, "default"), bytes(32)
+    keys, root = derive_tenant(MASTER_KEY), bytes(32)
     ids = prompt(0, 1024)
     chain = keys.chain(root, ids, 4)
     assert keys.chain(root, ids, 2) == chain[:2]
@@ -81,6 +84,16 @@ def test_a_chain_depends_on_every_token_before():
             keys.chain(root, [*ids[:300], bad, *ids[301:]], 4)
     with pytest.raises(EngineError, match="tokens 1024 and on"):
         keys.chain(root, ids, 5)
+
+
+def test_a_tail_is_named_by_its_blocks_and_its_ids():
+    keys = derive_tenant(MASTER_KEY)
+    names = [keys.tail_name(parent, rest) for parent in (bytes(32), keys.root(bytes(32)))
+             for rest in ([], [1], [1, 2], [2, 1])]  # fmt: skip
+    assert len(set(names)) == 8
+    assert derive_tenant(bytes(32)).tail_name(bytes(32), [1]) != names[1]
+    with pytest.raises(EngineError, match="ids below 2\\^32"):
+        keys.tail_name(bytes(32), [1 << 32])
 
 
 CHANGES = {
