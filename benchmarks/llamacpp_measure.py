@@ -8,6 +8,7 @@ import shutil
 import signal
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,14 +214,14 @@ def attempt(side: Side, ids: Sequence[int], right: Logits, folder: Path, *, reco
 def in_child(call: Callable[[], Outcome]) -> Outcome:
     """``call`` in a fork of this process: a library that aborts ends the child, not the measurement."""
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: other threads may hold locks
+        child = os.fork()
     if child == 0:
         try:
-            answer = call()
-        except Exception as error:
-            answer = {"tokens": 0, "reason": f"{type(error).__name__}: {error}"}
-        os.write(writing, json.dumps(answer).encode())
-        os._exit(0)
+            os.write(writing, json.dumps(answer_of(call)).encode())
+        finally:
+            os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         text = pipe.read()
@@ -229,6 +230,14 @@ def in_child(call: Callable[[], Outcome]) -> Outcome:
         answer: Outcome = json.loads(text)
         return answer
     return {"died": signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "exit"}
+
+
+def answer_of(call: Callable[[], Outcome]) -> Outcome:
+    """An exception is a refusal as well."""
+    try:
+        return call()
+    except Exception as error:
+        return {"tokens": 0, "reason": f"{type(error).__name__}: {error}"}
 
 
 def overwrite(folder: Path, at: int, content: bytes) -> None:
