@@ -11,7 +11,7 @@ from appliance.wire import KvReport, KvStatus, KvTenant
 BAR_CELLS = 24
 MEANING = {
     "too-short": "the prompt has no whole block of 256 tokens to read; nothing to do",
-    "no-unit": "nothing stored begins like this prompt; put what never changes first, dates and names last",
+    "no-unit": "not stored, or not this far: a new prompt, or a new beginning; put dates and names last",
     "fingerprint": "stored by another model, profile or setting; it fills again by itself",
     "ttl": "not used for longer than kv.ttl_hours; raise that to keep prompts longer",
     "evicted": "dropped to stay within kv.max_bytes; raise that if the disk has room",

@@ -23,15 +23,17 @@ from ui_support import (
     until,
 )
 
-from appliance.wire import MISS_REASONS, KvReport, KvStatus
+from appliance.wire import MISS_REASONS, KvMiss, KvReport, KvStatus
 from ui.app import ConsoleApp
 from ui.backend import ReplayBackend
 from ui.screens.cache import CacheScreen, hits, meters, title
 from ui.strings.en import EN
 from ui.widgets.commandpane import CommandPane
+from ui.widgets.misses import moment
 from ui.widgets.reasons import meaning
 from ui.widgets.tenanttable import last_used
 
+MISSES = tuple(KvMiss(1_700_000_000.0 - 77 * n, 600 * n, 256, "fingerprint: profile") for n in range(1, 9))
 EVERY_REASON = {"no-unit": 41, "too-short": 30, "fingerprint": 9, "evicted": 3, "ttl": 2, "corrupt": 1, "policy": 1}
 
 
@@ -68,7 +70,7 @@ async def test_the_running_server_tells(home: Path, admin: FakeAdmin, solocard: 
 
 async def test_every_reason_has_room_in_a_tall_window(home: Path, admin: FakeAdmin, solocard: FakeSolocard) -> None:
     admin.report = dataclasses.replace(
-        REPORT, logged_reasons=EVERY_REASON, damaged=1, purged_bytes=52_428_800, problems=("a note",)
+        REPORT, misses=MISSES, logged_reasons=EVERY_REASON, damaged=1, purged_bytes=52_428_800, problems=("a note",)
     )
     app = console(home)
     async with open_console(app, (120, 40)) as pilot:
@@ -255,6 +257,11 @@ def test_words_for_the_title_and_the_meters() -> None:
     assert hits(KvReport(), EN) == (0.0, EN.cache_none_logged)
     counted = KvReport(status=KvStatus(hit_tokens=3, miss_tokens=1))
     assert hits(counted, EN) == (0.75, "75 %  3 of 4 tokens")
+
+
+def test_the_moment_of_a_miss_is_that_of_the_log() -> None:
+    assert moment(1_700_000_000.9) == "11-14 22:13:20Z"
+    assert moment(1e300) == "?"
 
 
 def test_when_a_tenant_was_last_there() -> None:

@@ -29,11 +29,12 @@ from ui.strings.base import Strings
 from ui.view import ServerView
 from ui.widgets.commandpane import CommandPane
 from ui.widgets.meter import BarMeter, Facts
+from ui.widgets.misses import Misses
 from ui.widgets.reasons import Reasons
 from ui.widgets.section import Section
 from ui.widgets.tenanttable import TenantTable
 
-TALL_ROWS = 32
+TALL_ROWS = 38  # then everything fits, with five lines for tenants at least
 LOOKS_APART = 5  # of the server's status for one of the cache, which it counts anew each time
 
 
@@ -63,6 +64,8 @@ class CacheScreen(CommandScreen):
         yield Facts(glyphs, id="cache-facts")
         yield Section(strings.reasons_title, glyphs, id="reasons-title")
         yield Reasons(self.context, id="reasons")
+        yield Section(strings.misses_title, glyphs, id="misses-title")
+        yield Misses(self.context, id="misses")
         yield Section(strings.tenants_title, glyphs)
         yield Static("", id="cache-note", markup=False)
         yield TenantTable(self.context, id="tenants")
@@ -170,6 +173,7 @@ class CacheScreen(CommandScreen):
         self.query_one(Facts).show((strings.cache_holds, holds(report, strings) if known else ""))
         self.query_one("#reasons-title", Section).show(reasons_title(report, strings))
         self.query_one(Reasons).show(report.logged_reasons or report.status.miss_reasons)
+        self.query_one(Misses).show(report.misses)
         table = self.query_one(TenantTable)
         if table.tenants != report.tenants:
             table.show(report.tenants)

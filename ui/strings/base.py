@@ -174,6 +174,8 @@ class Strings:
     reason_corrupt: str
     reason_policy: str
     reason_unknown: str
+    misses_title: str
+    miss_line: str
     tenants_title: str
     tenants_none: str
     column_tenant: str

@@ -168,13 +168,15 @@ EN = Strings(
     reasons_none="none",
     reasons_more="{count} more for other reasons: solocard kv stats",
     reason_too_short="shorter than a block of 256 tokens: nothing to read",
-    reason_no_unit="nothing stored begins so; put what changes last",
+    reason_no_unit="not stored, or not so far; put what changes last",
     reason_fingerprint="stored by another model, profile or setting",
     reason_ttl="not used for longer than kv.ttl_hours",
     reason_evicted="dropped for room; raise kv.max_bytes if you can",
     reason_corrupt="a record failed its check; v checks all of them",
     reason_policy="the cache is off, or the server has none",
     reason_unknown="a reason this console does not know yet",
+    misses_title="Newest of them (UTC)",
+    miss_line="{read} of {tokens} tokens read",
     tenants_title="Tenants",
     tenants_none="No tenant has stored anything yet.",
     column_tenant="Tenant",
@@ -187,8 +189,8 @@ EN = Strings(
     purge_title="Purge a tenant",
     purge_what="destroys",
     purge_warning=(
-        "Its key is destroyed: nothing it stored can be read again, by anyone. Its\n"
-        "next prompts are computed whole. The bytes are freed as room is needed."
+        "Its key is destroyed: what it stored cannot be read here again, and its next\n"
+        "prompts are computed whole. What the disk may keep: see the manual."
     ),
     purge_undo="none",
     tenant_line="{tenant}: {blocks} blocks, {checkpoints} checkpoints, {size}",
