@@ -16,7 +16,7 @@ from runtime.kv.job import KvHit, Note, PutJob, PutResult, TailUnit, Unit
 from runtime.kv.record import Role
 from runtime.kv.writer import Ticket
 from runtime.request import EngineLike, Logits, Request, SequenceLike
-from runtime.schedule import prompt_boundary, write_points
+from runtime.schedule import far_apart, prompt_boundary, write_points
 
 FLUSH_BYTES = 32 << 20  # blocks handed over without waiting for a write point
 TICKET_WAIT_S = 30.0  # a disk that hangs longer than this keeps no answer from its client
@@ -65,8 +65,9 @@ class Keeper:
         else, so that it is safe after a call that failed.
         """
         units = []
-        if self._newest is not None and self._newest[0] > self._kept_tokens:
-            units = [self._unit(Role.ANSWER if self._newest[0] > self._boundary else Role.PROMPT)]
+        newest = self._newest
+        if newest is not None and newest[0] > self._kept_tokens and far_apart(self._kept_tokens, newest[0]):
+            units = [self._unit(Role.ANSWER if newest[0] > self._boundary else Role.PROMPT)]
         tail = None if tail_after is None else self._tail(ids, tail_after)
         durable = bool(units or tail or self._blocks or replays)
         ticket = self._submit(self._job(ids, units, tail=tail, note=note, replays=replays))

@@ -45,7 +45,7 @@ class Role(enum.IntEnum):
     NONE = 0  # blocks
     PROMPT = 1  # c(n) of a prompt
     ANSWER = 2  # the end of an answer
-    ANCHOR = 3  # a common prefix, the declared end of system or tools, every 16,384 tokens
+    ANCHOR = 3  # a common prefix, the declared end of system or tools, on the way of a long prefill
     SUSPENDED = 4  # tails
 
 

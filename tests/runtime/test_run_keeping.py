@@ -41,9 +41,31 @@ def test_write_points_by_hand() -> None:
     assert write_points(768, 0, 0, **cold | {"anchor_tokens": 256, "shared_tokens": 512}) == {256, 512, 768}
     assert write_points(768, 512, 2, **cold | {"anchor_tokens": 256, "common_tokens": 512}) == {768}
     assert write_points(256, 0, 0, **cold | {"anchor_tokens": 512, "common_tokens": 512}) == {256}
-    assert write_points(40_960, 0, 0, **cold) == {16_384, 32_768, 40_960}
-    assert write_points(32_768, 16_384, 64, **cold) == {32_768}
+    assert write_points(163_840, 0, 0, **cold) == {65_536, 131_072, 163_840}
+    assert write_points(163_840, 65_536, 256, **cold) == {131_072, 163_840}
+    assert write_points(163_840, 100_096, 391, **cold) == {163_840}
     assert write_points(2048, 1024, 6, **cold | {"common_tokens": 1536, "anchor_tokens": 1280}) == {1536, 2048}
+
+
+def test_points_near_each_other_are_one() -> None:
+    cold = {"common_tokens": 0, "anchor_tokens": 0, "shared_tokens": 0}
+    assert write_points(8192, 7936, 31, **cold) == {8192}  # 256 tokens are 1/32
+    assert write_points(8448, 8192, 32, **cold) == set()
+    assert write_points(65_536, 65_536 - 1792, 249, **cold) == set()
+    assert write_points(65_536, 65_536 - 2048, 248, **cold) == {65_536}
+    near = cold | {"common_tokens": 30_720, "anchor_tokens": 16_384}
+    assert write_points(31_488, 0, 0, **near) == {16_384, 31_488}  # the common prefix is taken with the prompt's end
+    assert write_points(66_048, 0, 0, **cold) == {66_048}
+    for tokens in (256, 512, 3840, 8192):
+        assert write_points(tokens, tokens - 256, 0, **cold) == {tokens}
+
+
+def test_an_answer_near_its_prompt_gets_no_checkpoint_but_its_blocks(make) -> None:
+    kv = FakeKv()
+    engine = FakeEngine(context_tokens=20_000)
+    answer(make(engine, kv, reuse_mixed=True), numbers((0, 16_390)), max_tokens=300)
+    assert roles(kv) == [(16_384, "PROMPT")]
+    assert max(index for job in kv.jobs for index in job.blocks) == 64
 
 
 def test_calls_after_a_tail_meet_the_next_multiple_of_256() -> None:
@@ -80,11 +102,12 @@ def test_the_declared_end_of_system_and_tools_gets_a_checkpoint(make) -> None:
     assert [sorted(job.blocks) for job in kv.jobs] == [[0, 1], [2, 3, 4], []]
 
 
-def test_a_long_prefill_leaves_a_checkpoint_every_16k(make) -> None:
+def test_a_long_prefill_leaves_checkpoints_on_its_way(make, monkeypatch) -> None:
+    monkeypatch.setattr("runtime.schedule.ANCHOR_TOKENS", ANCHOR_TOKENS // 16)
     kv = FakeKv()
-    tokens = 2 * ANCHOR_TOKENS + 700
+    tokens = 2 * ANCHOR_TOKENS // 16 + 700
     answer(make(FakeEngine(context_tokens=40_000), kv), numbers((0, tokens)), max_tokens=1)
-    assert roles(kv) == [(ANCHOR_TOKENS, "ANCHOR"), (2 * ANCHOR_TOKENS, "ANCHOR"), (2 * ANCHOR_TOKENS + 512, "PROMPT")]
+    assert roles(kv) == [(4096, "ANCHOR"), (8192, "ANCHOR"), (8704, "PROMPT")]
 
 
 def test_blocks_are_handed_over_before_too_many_wait(make, monkeypatch) -> None:
