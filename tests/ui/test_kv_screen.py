@@ -29,6 +29,7 @@ from ui.backend import ReplayBackend
 from ui.screens.cache import CacheScreen, hits, meters, title
 from ui.strings.en import EN
 from ui.widgets.commandpane import CommandPane
+from ui.widgets.confirm import TEXT_CELLS
 from ui.widgets.misses import moment
 from ui.widgets.reasons import meaning
 from ui.widgets.tenanttable import last_used
@@ -248,6 +249,10 @@ def test_every_reason_has_a_sentence_that_fits() -> None:
     assert EN.reason_unknown not in sentences
     assert max(map(len, sentences)) <= 78 - 13 - 8 - 2
     assert meaning("new-in-2031", EN) == EN.reason_unknown
+
+
+def test_the_warning_fits_the_dialog() -> None:
+    assert max(map(len, EN.purge_warning.split("\n"))) <= TEXT_CELLS
 
 
 def test_words_for_the_title_and_the_meters() -> None:

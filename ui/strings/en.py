@@ -189,7 +189,7 @@ EN = Strings(
     purge_title="Purge a tenant",
     purge_what="destroys",
     purge_warning=(
-        "Its key is destroyed: what it stored cannot be read here again, and its next\n"
+        "Its key is destroyed: what it stored cannot be read here again. Its next\n"
         "prompts are computed whole. What the disk may keep: see the manual."
     ),
     purge_undo="none",
