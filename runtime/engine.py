@@ -267,9 +267,3 @@ class Engine:
         if tokens % self.spec.chunk_tokens or tokens > end:
             return False
         return tokens == 0 or 0 < self._replay_tokens <= end - tokens
-
-    def restore(self, seq: Sequence, blocks: Ids[bytes], checkpoint: bytes) -> None:
-        """Put a fresh sequence at 256·len(blocks) tokens, as if it had just been computed up to there."""
-        for index, payload in enumerate(blocks):
-            self.import_block(seq, index, payload)
-        self.resume(seq, len(blocks) * self.spec.block_tokens, checkpoint=checkpoint, blocks=len(blocks))
