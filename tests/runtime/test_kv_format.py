@@ -248,7 +248,8 @@ def test_the_index_has_the_tables_of_the_page(tmp_path):
 def test_the_page_knows_every_reason():
     table = PAGE.split("did not find everything")[1]
     reasons = re.findall(r"^\| `?([\w-]+|\(empty\))[^|]*\| .*\|$", table, re.MULTILINE)
-    assert reasons == ["reason", "(empty)", "too-short", "no-unit", "fingerprint", "ttl", "evicted", "corrupt", "policy"]
+    wanted = ["reason", "(empty)", "too-short", "no-unit", "fingerprint", "ttl", "evicted", "corrupt", "policy"]
+    assert reasons == wanted
 
 
 def test_restored_pools_are_the_stored_ones(tmp_path):
