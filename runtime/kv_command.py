@@ -23,9 +23,9 @@ from runtime.kv.contents import (
     KV_DIRECTORY,
     KV_MASTER_KEY,
     configured,
-    held_by_tenant,
     open_index,
     open_tenants,
+    read_held,
     read_report,
 )
 from runtime.kv.keys import derive_master, load_master_key
@@ -76,7 +76,7 @@ def _purge(args: argparse.Namespace, where: Path) -> dict[str, Any]:
     with open_index(where) as index:
         if index:
             ids = [info.tenant_id for info in infos if info.name == args.tenant and not info.damaged]
-            held = next((h for i, h in held_by_tenant(index.connection).items() if i in ids), held)
+            held = next((h for i, h in read_held(index.connection).tenants.items() if i in ids), held)
     return dataclasses.asdict(held) | {"name": args.tenant, "elapsed_s": elapsed_s}
 
 

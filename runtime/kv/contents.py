@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from appliance.config import KvConfig
@@ -15,14 +15,13 @@ from appliance.errors import StoreError
 from appliance.wire import KvReport, KvStatus, KvTenant
 from runtime.kv import requests
 from runtime.kv.files import Io
-from runtime.kv.index import INDEX_NAME, Index
+from runtime.kv.index import INDEX_NAME, Index, State
 from runtime.kv.keys import load_master_key
 from runtime.kv.record import Kind, Role
 from runtime.kv.tenants import TenantInfo, Tenants
 
 KV_DIRECTORY, KV_MASTER_KEY = "kv", "keys/kv-master"  # below SOLOCARD_HOME
 DAY_S = 86_400
-Held = dict[bytes, KvTenant]  # tenant id → what it holds, still without a name
 
 
 def open_tenants(home: Path) -> Tenants | None:
@@ -87,54 +86,61 @@ def _filled(report: KvReport, index: Index, infos: list[TenantInfo]) -> KvReport
     db = index.connection
     db.execute("BEGIN")
     try:
-        held, log = held_by_tenant(db), requests.summary(db)
-        named = [replace(held.pop(info.tenant_id, KvTenant()), name=info.name) for info in infos]
-        status = report.status if report.live else _counted(report.status, index)
+        held, log = read_held(db), requests.summary(db)
+        tenants = dict(held.tenants)
+        named = [replace(tenants.pop(info.tenant_id, KvTenant()), name=info.name) for info in infos]
         return replace(
-            report, status=status, tenants=tuple(sorted(named, key=lambda tenant: -tenant.size_bytes)),
-            roles=_roles(db), damaged=_count(db, "SELECT COUNT(*) FROM record WHERE state = 1 AND segment >= 0"),
-            purged_bytes=sum(tenant.size_bytes for tenant in held.values()), logged_requests=log.requests,
-            logged_prompt_tokens=log.prompt_tokens, logged_hit_tokens=log.hit_tokens, logged_reasons=log.reasons,
-            misses=tuple(requests.newest_misses(db)),
+            report, status=report.status if report.live else _counted(report.status, index, held),
+            tenants=tuple(sorted(named, key=lambda tenant: -tenant.size_bytes)), roles=held.roles,
+            damaged=held.damaged, purged_bytes=sum(tenant.size_bytes for tenant in tenants.values()),
+            logged_requests=log.requests, logged_prompt_tokens=log.prompt_tokens, logged_hit_tokens=log.hit_tokens,
+            logged_reasons=log.reasons, misses=tuple(requests.newest_misses(db)),
         )  # fmt: skip
     finally:
         db.execute("ROLLBACK")
 
 
-def held_by_tenant(db: sqlite3.Connection) -> Held:
-    """Readable records of each tenant id, those of purged tenants too."""
-    held: Held = {}
+@dataclass(slots=True)
+class Held:
+    """Readable records by tenant id (those of purged tenants too, all without a name) and by role; damaged ones."""
+
+    tenants: dict[bytes, KvTenant] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=lambda: {role.name.lower(): 0 for role in Role if role})
+    damaged: int = 0
+
+
+def read_held(db: sqlite3.Connection) -> Held:
+    """Adds up every row in one walk: half a second of CPU for 100,000, outside the GIL. May raise sqlite3.Error."""
+    held = Held()
     query = (
-        "SELECT tenant_id, kind, COUNT(*), SUM(size_bytes), MAX(used_s) FROM record WHERE state IN (0, 4) "
-        "GROUP BY tenant_id, kind"
+        "SELECT tenant_id, kind, role, state, COUNT(*), SUM(size_bytes), MAX(used_s) FROM record "
+        "WHERE state IN (0, 1, 4) AND segment >= 0 GROUP BY tenant_id, kind, role, state"
     )
-    for tenant_id, kind, count, size_bytes, used_s in db.execute(query):
-        before = held.get(tenant_id, KvTenant())
-        held[tenant_id] = replace(
-            before, blocks=before.blocks + count * (kind == Kind.BLOCK),
-            checkpoints=before.checkpoints + count * (kind != Kind.BLOCK), size_bytes=before.size_bytes + size_bytes,
-            last_used_s=max(before.last_used_s, used_s),
+    for tenant_id, kind, role, state, count, size_bytes, used_s in db.execute(query):
+        if state == State.DAMAGED:
+            held.damaged += count
+            continue
+        before, block = held.tenants.get(tenant_id, KvTenant()), kind == Kind.BLOCK
+        held.tenants[tenant_id] = replace(
+            before, blocks=before.blocks + count * block, checkpoints=before.checkpoints + count * (not block),
+            size_bytes=before.size_bytes + size_bytes, last_used_s=max(before.last_used_s, used_s),
         )  # fmt: skip
+        if not block and role in _ROLES:
+            held.roles[Role(role).name.lower()] += count
     return held
 
 
-def _counted(status: KvStatus, index: Index) -> KvStatus:
-    segments, kinds = index.segments(), index.count()
+_ROLES = frozenset(role for role in Role if role)
+
+
+def _counted(status: KvStatus, index: Index, held: Held) -> KvStatus:
+    segments = index.segments()
     return replace(
         status, used_bytes=sum(row.end_bytes for row in segments), segments=len(segments),
-        blocks=kinds.get(Kind.BLOCK, 0), checkpoints=kinds.get(Kind.CHECKPOINT, 0) + kinds.get(Kind.TAIL, 0),
+        blocks=sum(tenant.blocks for tenant in held.tenants.values()),
+        checkpoints=sum(tenant.checkpoints for tenant in held.tenants.values()),
         written_today_bytes=index.written_today(int(time.time() // DAY_S)),
     )  # fmt: skip
-
-
-def _roles(db: sqlite3.Connection) -> dict[str, int]:
-    query = "SELECT role, COUNT(*) FROM record WHERE state IN (0, 4) AND kind != ? GROUP BY role"
-    counts = dict(db.execute(query, (int(Kind.BLOCK),)))
-    return {role.name.lower(): counts.get(role, 0) for role in Role if role is not Role.NONE}
-
-
-def _count(db: sqlite3.Connection, query: str) -> int:
-    return int(db.execute(query).fetchone()[0])
 
 
 def _free_bytes(home: Path) -> int:

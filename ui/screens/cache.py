@@ -35,7 +35,7 @@ from ui.widgets.section import Section
 from ui.widgets.tenanttable import TenantTable
 
 TALL_ROWS = 38  # then everything fits, with five lines for tenants at least
-LOOKS_APART = 5  # of the server's status for one of the cache, which it counts anew each time
+LOOKS_APART = 10  # looks at the status for one at the cache, which is added up anew: half a second for 100,000 blocks
 
 
 class CacheScreen(CommandScreen):
