@@ -86,24 +86,24 @@ class Segments:
 
         A row with a smaller end than the indexed one means that the file is shorter than it must be.
         """
-        known, short = {row.number: row for row in indexed}, []
-        for path in sorted(self._directory.glob("*.kvs")):
-            number = int(path.stem) if path.stem.isdecimal() else -1
-            row = known.pop(number, None)
-            if row is None or row.end_bytes <= 0 or path != self.path(number):
-                self._io.unlink(path)
+        known, short = {segment_name(row.number): row for row in indexed}, []
+        with os.scandir(self._directory) as entries:  # 90 GB are 350 files: pathlib would take longer than SQLite
+            files = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".kvs")}
+        for name, size_bytes in files.items():
+            row = known.pop(name, None)
+            if row is None or row.end_bytes <= 0:
+                self._io.unlink(self._directory / name)
                 continue
-            size_bytes = path.stat().st_size
             end = min(row.end_bytes, size_bytes // ALIGN_BYTES * ALIGN_BYTES)
             if end != size_bytes:
-                self._io.truncate(path, end)
+                self._io.truncate(self._directory / name, end)
             if end != row.end_bytes:
                 row = dataclasses.replace(row, end_bytes=end, sealed=True)  # what is left is never appended to
                 short.append(row)
             if end:
-                self._accepted[number] = row
+                self._accepted[row.number] = row
             else:
-                self._io.unlink(path)
+                self._io.unlink(self._directory / name)
         short += [dataclasses.replace(row, end_bytes=0) for row in known.values()]
         self._next = 1 + max(self._accepted, default=-1)
         self._add_up()
@@ -239,6 +239,10 @@ class Segments:
             os.close(self._fds.popitem()[1])
 
 
+def segment_name(number: int) -> str:
+    return f"{number:04d}.kvs"
+
+
 def segment_path(directory: Path, number: int) -> Path:
-    return directory / f"{number:04d}.kvs"
+    return directory / segment_name(number)
 

@@ -47,8 +47,9 @@ def _told(directory, io=None):
 
 
 def _rows(store):
-    columns = "chain, kind, role, end_token, segment, offset, size_bytes, epoch, created_s"
-    rows = store._ground.index.connection.execute(f"SELECT {columns} FROM record ORDER BY 1, 2")
+    rows = store._ground.index.connection.execute(
+        "SELECT chain, kind, role, end_token, segment, offset, size_bytes, epoch, created_s FROM record ORDER BY 1, 2"
+    )
     return rows.fetchall(), store._ground.index.segments()
 
 
