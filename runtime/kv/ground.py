@@ -96,8 +96,10 @@ class Ground:
     def free_disk_bytes(self) -> int:
         return self.io.free_bytes(self.directory)
 
-    def live_tenants(self) -> frozenset[bytes]:
-        return self.tenants.live_ids()
+    def live_tenants(self) -> frozenset[bytes] | None:
+        """Ids of the tenants whose keys exist; None where a key file does not open: then nobody is taken for gone."""
+        found = self.tenants.all()
+        return None if any(info.damaged for info in found) else frozenset(info.tenant_id for info in found)
 
     def open_segment(self) -> int | None:
         return self.segments.open_segment()

@@ -191,8 +191,9 @@ class Writing:
     # -- writing
 
     def _make_room(self, plans: Sequence[Plan], need_bytes: int) -> str:
-        ground = self._ground
-        if ground.used_bytes() + need_bytes > ground.policy.max_bytes:
+        ground, policy = self._ground, self._ground.policy
+        scarce = policy.min_free_bytes > 0 and ground.free_disk_bytes() < policy.min_free_bytes + need_bytes
+        if scarce or ground.used_bytes() + need_bytes > policy.max_bytes:
             ground.write_uses()
         pinned = set(self._pinned).union(*(plan.pinned for plan in plans))
         return reserve(ground, need_bytes, pinned, self._now_s)
