@@ -172,7 +172,7 @@ class Tenants:
             raise StoreError(f"{path}: {error.strerror}; the tenant's part of the KV cache needs it") from None
         if raw and not any(raw):
             return None  # a purge that was cut off after the secret was gone
-        if len(raw) < _HEAD.size or raw[:6] != _HEAD.pack(_MAGIC, _VERSION, bytes(12))[:6]:
+        if len(raw) < _HEAD.size or raw[:8] != _HEAD.pack(_MAGIC, _VERSION, bytes(12))[:8]:
             raise StoreError(f"{path} is no tenant file of format {_VERSION}; delete it: what it opened is lost")
         nonce = raw[_HEAD.size - 12 : _HEAD.size]
         try:
