@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kv_fault_support import next_put, reach, reach_tail, wrong_bits
-from kv_story_support import Found, Story, look, make_story, named, names, open_faulty, seeded, tell
+from kv_story_support import Found, Story, job_of, look, make_story, named, names, names_of, open_faulty, seeded, tell
 
 from runtime.kv.files import Io
 
@@ -135,8 +135,34 @@ class Vault:
         lost = frozenset[str]() if region == "padding" else self.what(record)
         return [f"{what}: {problem}" for problem in self.check(lost)]
 
-    def next_put(self, store) -> list[str]:
-        return list(next_put(store))
+    def put_again(self, lost: frozenset[str]) -> list[str]:
+        """Every put of the story that has a part in ``lost``, once more; the refusals."""
+        store = open_faulty(self.here, self.story)
+        jobs = [job_of(piece) for piece in self.story.pieces if names_of(piece) & lost]
+        refused = [result.reason for result in store.put_all(jobs) if not result.stored]
+        store.close()
+        return refused
+
+    def served_right(self) -> tuple[list[str], int]:
+        """Whatever is served is right, and something new can be stored: (problems, boundaries reached in full)."""
+        found, reached = list[str](), 0
+        try:
+            store = open_faulty(self.here, self.story)
+        except Exception as error:  # whatever it is, it must not come out of open
+            return [f"open: {type(error).__name__}: {error}"], 0
+        try:
+            for tenant, chat, boundary in self.lookups():
+                what, hit = f"{tenant}/{chat} at {boundary}", look(store, tenant, chat, boundary + 1)
+                found += wrong_bits(hit, chat, what)
+                reached += hit.hit.tokens == boundary
+                if (hit.hit.tokens == boundary) != (hit.hit.reason == ""):
+                    found.append(f"{what}: {hit.hit.tokens} tokens, reason {hit.hit.reason!r}")
+            found += next_put(store)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        finally:
+            store.close()
+        return found, reached
 
     def _tails(self, store, left: frozenset[str]) -> Iterator[str]:
         for name in sorted(self.stored):

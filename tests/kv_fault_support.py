@@ -20,7 +20,9 @@ from kv_story_support import (
     Piece,
     Story,
     block_payload,
+    call_of,
     checkpoint_payload,
+    ids_of,
     job_of,
     look,
     open_faulty,
@@ -85,11 +87,21 @@ def problems(directory: Path, story: Story, told: Acknowledged, *, rebuilt: bool
         return [f"open: {type(error).__name__}: {error}"]
     try:
         found = ["the index was set aside"] if not rebuilt and list(directory.glob("*.damaged*")) else []
-        return [*found, *_problems(store, directory, story, told)]
+        lost = [] if rebuilt else _lost_replays(store, told)  # only the index has them
+        return [*found, *lost, *_problems(store, directory, story, told)]
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     finally:
         store.close()
+
+
+def _lost_replays(store: KvStore, told: Acknowledged) -> Iterator[str]:
+    for name in sorted(told.must):
+        tenant, chat, kind, tokens = name.split("/")
+        if kind == "replay":
+            call, ids = call_of(int(chat), int(tokens)), list(ids_of(int(chat), int(tokens)))
+            if store.replay_ids(tenant, [call]) != {call: ids[: int(tokens) // 8]}:
+                yield f"lost: {name}"
 
 
 def _problems(store: KvStore, directory: Path, story: Story, told: Acknowledged) -> Iterator[str]:

@@ -192,11 +192,7 @@ class Warm:
         return Result(**json.loads(self._process.stdout.readline()))
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+        self._process.communicate(timeout=60)  # the end of its input is the end of it
 
 
 class Kills:
@@ -271,9 +267,10 @@ class Sweep:
     def while_rebuilding(self, count: int) -> None:
         """Kill the opening of a finished story whose index is lost."""
         begin, lists = self.folder / "no index", self.kills.undisturbed
-        shutil.copytree(self.folder / "whole io", begin)
-        for path in begin.glob("index.sqlite3*"):
-            path.unlink()
+        if not begin.exists():
+            shutil.copytree(self.folder / "whole io", begin)
+            for path in begin.glob("index.sqlite3*"):
+                path.unlink()
         told = Acknowledged(len(lists), lists[-1], ever(self.kills.story, lists))
         for _ in range(count):
             self.found += self.kills.kill_opening("no index", self.rng, told, rebuilt=True)

@@ -154,7 +154,13 @@ def job_of(piece: Piece) -> PutJob:
         tuple(Unit(tokens, Role.ANSWER if tokens == piece.tokens else Role.ANCHOR,
                    checkpoint_payload(piece.chat, tokens)) for tokens in piece.units),
         TailUnit(ids[: piece.tail], tail_payload(piece.chat, piece.tail)) if piece.tail else None,
+        replays={call_of(piece.chat, piece.tokens): ids[: piece.tokens // 8]},
     )  # fmt: skip
+
+
+def call_of(chat: int, tokens: int) -> str:
+    """The name under which a put keeps the first eighth of its token ids, as if they were a tool call's."""
+    return f"call:{chat} {tokens}"
 
 
 # -- telling it
@@ -211,14 +217,16 @@ def tell(directory: Path, story: Story, io: Io, say: Callable[[str], None] = say
 
 
 Places = dict[tuple[bytes, int], int]
+REPLAY, NO_SEGMENT = 0, -1  # beside the records' kinds and segments: ids kept under a name, in the index itself
 
 
 def places(directory: Path) -> Places:
-    """(chain hash, kind) → segment of every record that the index has now and would read."""
+    """(chain hash or name, kind) → segment of everything that the index has now and would read."""
     uri = f"file:{directory / 'index.sqlite3'}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         rows = db.execute("SELECT chain, kind, segment FROM record WHERE state IN (0, 4)")
-        return {(chain, kind): segment for chain, kind, segment in rows}
+        found = {(chain, kind): segment for chain, kind, segment in rows}
+        return found | {(name, REPLAY): NO_SEGMENT for (name,) in db.execute("SELECT name FROM replay")}
 
 
 def _explain(directory: Path, story: Story, step: Step, before: Places, after: Places) -> None:
@@ -234,7 +242,7 @@ def names_of(piece: Piece) -> set[str]:
     """The records of one put."""
     where = f"{piece.tenant}/{piece.chat}"
     found = {f"{where}/block/{i}" for i in range(piece.tokens // 256)}
-    found |= {f"{where}/unit/{tokens}" for tokens in piece.units}
+    found |= {f"{where}/unit/{tokens}" for tokens in piece.units} | {f"{where}/replay/{piece.tokens}"}
     return found | ({f"{where}/tail/{piece.tail}"} if piece.tail else set())
 
 
@@ -257,7 +265,7 @@ def look(store: KvStore, tenant: str, chat: int, tokens: int, *, tails: bool = F
 
 
 def names(directory: Path, story: Story, listed: Places | None = None) -> set[str]:
-    """The records that the index has now: ``tenant/chat/block/i``, ``…/unit/tokens``, ``…/tail/tokens``."""
+    """What the index has now: ``tenant/chat/block/i``, ``…/unit/tokens``, ``…/tail/tokens``, ``…/replay/tokens``."""
     rows = places(directory) if listed is None else listed
     return {name for key, found in named(directory, story).items() if key in rows for name in found}
 
@@ -275,6 +283,9 @@ def named(directory: Path, story: Story) -> dict[tuple[bytes, int], set[str]]:
             found.setdefault((link, Kind.BLOCK), set()).add(f"{tenant}/{chat}/block/{i}")
             found.setdefault((link, Kind.CHECKPOINT), set()).add(f"{tenant}/{chat}/unit/{256 * i + 256}")
         for piece in story.pieces:
+            if (piece.tenant, piece.chat) == (tenant, chat):
+                key = keys.replay_name(call_of(chat, piece.tokens)), REPLAY
+                found.setdefault(key, set()).add(f"{tenant}/{chat}/replay/{piece.tokens}")
             if (piece.tenant, piece.chat) == (tenant, chat) and piece.tail:
                 whole = piece.tail // 256
                 parent = chain[whole - 1] if whole else keys.root(fingerprint)
