@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from kv_support import MASTER_KEY, REAL, make_fingerprint, make_spec, prompt  # noqa: E402
 
 from runtime.kv.files import Io  # noqa: E402
-from runtime.kv.index import INDEX_NAME, Index, Row  # noqa: E402
+from runtime.kv.index import Index, Row  # noqa: E402
+from runtime.kv.index_file import INDEX_NAME  # noqa: E402
 from runtime.kv.layout import KvLayout  # noqa: E402
 from runtime.kv.record import EPOCH_BYTES, Kind, Role, record_bytes  # noqa: E402
 from runtime.kv.segment import SEGMENT_BYTES, SegmentRow, segment_path  # noqa: E402

@@ -15,7 +15,8 @@ from appliance.errors import StoreError
 from appliance.wire import KvReport, KvStatus, KvTenant
 from runtime.kv import requests
 from runtime.kv.files import Io
-from runtime.kv.index import INDEX_NAME, Index, State
+from runtime.kv.index import Index, State
+from runtime.kv.index_file import INDEX_NAME
 from runtime.kv.keys import load_master_key
 from runtime.kv.record import Kind, Role
 from runtime.kv.tenants import TenantInfo, Tenants

@@ -8,55 +8,27 @@ checkpoints that were removed leave a tombstone, so that a miss can say why.
 from __future__ import annotations
 
 import enum
-import logging
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import StoreError
-from runtime.kv import requests
 from runtime.kv.files import Io
 from runtime.kv.fingerprint import Fingerprint
+from runtime.kv.index_file import INDEX_NAME, connect, connect_reader
 from runtime.kv.record import Kind, Role
 from runtime.kv.segment import SegmentRow
 
-INDEX_NAME = "index.sqlite3"
-INDEX_FORMAT = 2
 TOMBSTONES = 50_000  # of EVICTED and EXPIRED rows the newest so many are kept
 REPLAYS = 50_000
 _FIND_AT_ONCE = 500  # below SQLite's smallest limit of host parameters
-_log = logging.getLogger("solocard.kv")
 
-_SCHEMA = """
-CREATE TABLE segment (
-    number INTEGER PRIMARY KEY, end_bytes INTEGER NOT NULL, sealed INTEGER NOT NULL, created_s INTEGER NOT NULL,
-    records INTEGER NOT NULL
-);
-CREATE TABLE record (
-    chain BLOB NOT NULL, kind INTEGER NOT NULL, role INTEGER NOT NULL,
-    tenant_id BLOB NOT NULL, fingerprint_id BLOB NOT NULL, end_token INTEGER NOT NULL,
-    segment INTEGER NOT NULL, offset INTEGER NOT NULL, size_bytes INTEGER NOT NULL, epoch BLOB NOT NULL,
-    key_generation INTEGER NOT NULL, created_s INTEGER NOT NULL, used_s INTEGER NOT NULL,
-    hits INTEGER NOT NULL, state INTEGER NOT NULL,
-    PRIMARY KEY (chain, kind)
-) WITHOUT ROWID;
-CREATE INDEX record_segment ON record (segment);
-CREATE TABLE tail (
-    parent BLOB NOT NULL, chain BLOB NOT NULL, end_token INTEGER NOT NULL, PRIMARY KEY (parent, chain)
-) WITHOUT ROWID;
-CREATE TABLE fingerprint (digest BLOB PRIMARY KEY, canonical TEXT NOT NULL, used_s INTEGER NOT NULL);
-CREATE TABLE ledger (day INTEGER PRIMARY KEY, written_bytes INTEGER NOT NULL);
-CREATE TABLE replay (
-    name BLOB PRIMARY KEY, tenant_id BLOB NOT NULL, sealed BLOB NOT NULL, used_s INTEGER NOT NULL
-) WITHOUT ROWID;
-"""
 _COLUMNS = (
     "chain, kind, role, tenant_id, fingerprint_id, end_token, segment, offset, size_bytes, epoch, key_generation, "
     "created_s, used_s, hits, state"
 )
-_BLOBS = (0, 3, 4, 9)  # positions in _COLUMNS; the others are integers
+_TYPES = tuple(bytes if i in (0, 3, 4, 9) else int for i in range(15))  # of _COLUMNS
 
 
 class State(enum.IntEnum):
@@ -117,13 +89,15 @@ class Index:
         self.connection, self._io = connection, io
 
     @staticmethod
-    def open(directory: Path, io: Io, *, read_only: bool = False, name: str = INDEX_NAME) -> Index:
+    def open(
+        directory: Path, io: Io, *, read_only: bool = False, create: bool = True, name: str = INDEX_NAME
+    ) -> Index:  # fmt: skip
         """Open, or create where there is none. ``read_only``: beside a writer, in this or another process.
 
-        Raises StoreError for an index of another format, sqlite3.Error where it cannot be opened or read.
+        Errors as runtime.kv.index_file says.
         """
         path = directory / name
-        return Index(_connect_reader(path) if read_only else _connect(path), io)
+        return Index(connect_reader(path) if read_only else connect(path, create=create), io)
 
     # -- transactions
 
@@ -236,6 +210,7 @@ class Index:
         if over > 0:
             oldest = "SELECT chain, kind FROM record WHERE segment = -1 ORDER BY used_s LIMIT ?"
             self.connection.execute(f"DELETE FROM record WHERE (chain, kind) IN ({oldest})", (over,))  # noqa: S608
+            self.connection.execute("DELETE FROM tail WHERE chain NOT IN (SELECT chain FROM record WHERE kind = 3)")
 
     def shorten(self, short: Iterable[SegmentRow]) -> int:
         """Files end where ``short`` says; rows past the end become damaged. Own transaction; returns how many."""
@@ -305,7 +280,7 @@ class Index:
 
 def _row(values: tuple[Any, ...]) -> Row:
     """A row with the types the table is meant to have; SQLite itself would store anything anywhere."""
-    typed = all(isinstance(v, bytes if i in _BLOBS else int) for i, v in enumerate(values))
+    typed = tuple(map(type, values)) == _TYPES
     if not typed or values[1] not in _KINDS or values[2] not in _ROLES or values[14] not in _STATES:
         raise sqlite3.DatabaseError("a row of table record has values of the wrong type")
     fields: list[Any] = list(values)
@@ -314,53 +289,3 @@ def _row(values: tuple[Any, ...]) -> Row:
 
 
 _KINDS, _ROLES, _STATES = frozenset(Kind), frozenset(Role), frozenset(State)
-
-
-def found_format(path: Path) -> int:
-    """The ``user_version`` of an index; 0 where there is none, or an empty file. sqlite3.Error if it is no database."""
-    if not path.exists():
-        return 0
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
-    finally:
-        connection.close()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open with the durability this store promises; autocommit, so that every transaction is written out here."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-    try:
-        path.chmod(0o600)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0:
-            connection.executescript(
-                f"BEGIN; {_SCHEMA} {requests.SCHEMA}; PRAGMA user_version = {INDEX_FORMAT}; COMMIT;"
-            )
-        _check_format(path, found or INDEX_FORMAT)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _connect_reader(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0
-    )
-    try:
-        _check_format(path, connection.execute("PRAGMA user_version").fetchone()[0])
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _check_format(path: Path, found: int) -> None:
-    if found != INDEX_FORMAT:
-        raise StoreError(
-            f"{path} has format {found}, this Solocard reads {INDEX_FORMAT}; "
-            f"update Solocard, or delete the directory {path.parent}"
-        )

@@ -78,17 +78,20 @@ def name_prompt(
 class Lookup:
     """One lookup. ``ground`` is only read, but for what is noted in its ``uses``."""
 
-    def __init__(self, ground: Ground, index: Index, lock: threading.Lock, prompt: Prompt, now_s: int) -> None:
+    def __init__(
+        self, ground: Ground, index: Index, lock: threading.Lock, prompt: Prompt, now_s: int, *, tails: bool = False
+    ) -> None:  # fmt: skip
         self._ground, self._index, self._lock, self._prompt, self._now_s = ground, index, lock, prompt, now_s
+        self._tails = tails
         self._rows: Rows = {}
-        self._tails: dict[bytes, bytes] = {}  # name → the parent's chain hash
+        self._tail_names: dict[bytes, bytes] = {}  # → the parent's chain hash
         self._given = 0  # blocks the sink has
         self._changed = False  # rows moved or went since they were found
 
-    def run(self, sink: Sink, replay_tokens: int, tails: bool) -> KvHit:
+    def run(self, sink: Sink, replay_tokens: int) -> KvHit:
         """Raises sqlite3.Error; what ``sink`` raises goes through."""
         for _ in range(_AGAIN):
-            self._find(tails)
+            self._find()
             hit = self._try(sink, replay_tokens)
             if hit:
                 return hit
@@ -97,29 +100,35 @@ class Lookup:
 
     # -- rows
 
-    def _find(self, tails: bool) -> None:
+    def _find(self) -> None:
         with self._lock:
             found = self._index.find(self._prompt.chains)
-            self._tails = self._find_tails() if tails and self._prompt.own else {}
-            found |= self._index.find(list(self._tails))
+            own = [links[0].chain for links in self._prompt.links] if self._prompt.own else []
+            self._tail_names = self._name_tails(self._ground.fingerprint.digest, own)
+            found |= self._index.find(list(self._tail_names))
         self._rows = {key: self._ground.uses.seen(row) for key, row in found.items()}
-        self._tails = {chain: parent for chain, parent in self._tails.items() if (chain, Kind.TAIL) in self._rows}
         self._changed = False
 
-    def _find_tails(self) -> dict[bytes, bytes]:
+    def _name_tails(self, fingerprint: bytes, chain: Sequence[bytes]) -> dict[bytes, bytes]:
         """Name → parent of the tenant's tails that are prefixes of the prompt, each proved by its name."""
         keys, ids = self._prompt.own, self._prompt.ids
-        if keys is None:
+        if keys is None or not self._tails:
             return {}
-        parents = [keys.root(self._ground.fingerprint.digest), *(links[0].chain for links in self._prompt.links)]
-        by_tag = {parent[:PARENT_BYTES]: (i, parent) for i, parent in enumerate(parents)}
+        by_tag = {parent[:PARENT_BYTES]: (i, parent) for i, parent in enumerate((keys.root(fingerprint), *chain))}
         named: dict[bytes, bytes] = {}
-        for tag, chain, end in self._index.tails(list(by_tag)):
+        for tag, name, end in self._index.tails(list(by_tag)):
             i, parent = by_tag[tag]
             fits = i * BLOCK_TOKENS <= end < (i + 1) * BLOCK_TOKENS and 0 < end < len(ids)
-            if fits and keys.tail_name(parent, ids[i * BLOCK_TOKENS : end]) == chain:
-                named[chain] = parent
+            if fits and keys.tail_name(parent, ids[i * BLOCK_TOKENS : end]) == name:
+                named[name] = parent
         return named
+
+    def _tail_rows(self) -> Iterator[tuple[Row, bytes]]:
+        """Rows of the prompt's tails, whatever their state, and their parents."""
+        for name, parent in self._tail_names.items():
+            row = self._rows.get((name, Kind.TAIL))
+            if row:
+                yield row, parent
 
     def _live(self, position: int, kind: Kind) -> tuple[Row, Link] | None:
         """The readable row that ends ``position`` + 1 blocks, the tenant's own first."""
@@ -155,8 +164,8 @@ class Lookup:
                 yield Start(count * BLOCK_TOKENS, count, found[0], self._item(*found))
 
     def _tail_starts(self, reach: int) -> Iterator[Start]:
-        for chain, parent in self._tails.items():
-            row, keys = self._rows[chain, Kind.TAIL], self._prompt.own
+        keys = self._prompt.own
+        for row, parent in self._tail_rows():
             if keys and row.readable and not self._expired(row) and row.end_token // BLOCK_TOKENS <= reach:
                 header = self._ground.header(keys, row, parent[:PARENT_BYTES])
                 item = ReadItem(row.segment, header, keys.cipher)
@@ -239,31 +248,33 @@ class Lookup:
     def _why(self, start: Start, replay: bool) -> str:
         """Why the longest usable boundary was not reached; empty when it was."""
         links = self._prompt.links
-        if not links:
-            return "" if start.tokens else "too-short"
-        if start.tokens >= len(links) * BLOCK_TOKENS and not replay:
+        boundary = len(links) * BLOCK_TOKENS
+        if start.tokens and start.tokens >= boundary and not replay:
             return ""
         beyond = [self._rows.get((link.chain, kind)) for position in links[start.tokens // BLOCK_TOKENS :]
-                  for link in position for kind in Kind]  # fmt: skip
-        rows = [row for row in beyond if row]
+                  for link in position for kind in (Kind.BLOCK, Kind.CHECKPOINT)]  # fmt: skip
+        rows = [row for row in beyond if row] + [row for row, _ in self._tail_rows() if row.end_token > start.tokens]
         if any(row.state is State.DAMAGED for row in rows):
             return "corrupt"
-        units = [row for row in rows if row.kind is Kind.CHECKPOINT]
+        units = [row for row in rows if row.kind is not Kind.BLOCK]
         if any(row.state is State.EXPIRED or (row.readable and self._expired(row)) for row in units):
             return "ttl"
         if any(row.state is State.EVICTED or row.readable for row in units):
             return "evicted"  # a readable one is here because blocks below it are gone
-        return "no-unit" if start.tokens or start.blocks else self._other_fingerprint()
+        if start.tokens or start.blocks:
+            return "no-unit"
+        return self._other_fingerprint() or ("no-unit" if links else "too-short")
 
     def _other_fingerprint(self) -> str:
         """``fingerprint: FIELDS`` when the prompt was stored by a server that computed otherwise."""
         keys, count = self._prompt.own, len(self._prompt.links)
         if keys is None:
-            return "no-unit"
+            return ""
         mine = self._ground.fingerprint
         with self._lock:
             for old in self._index.other_fingerprints(mine.digest, _OLD_FINGERPRINTS):
-                rows = self._index.find(keys.chain(old.digest, self._prompt.ids, count))
-                if any(row.kind is Kind.CHECKPOINT and row.readable for row in rows.values()):
+                chain = keys.chain(old.digest, self._prompt.ids, count)
+                rows = self._index.find([*chain, *self._name_tails(old.digest, chain)])
+                if any(row.kind is not Kind.BLOCK and row.readable for row in rows.values()):
                     return f"fingerprint: {difference(old, mine)}"
-        return "no-unit"
+        return ""

@@ -18,10 +18,11 @@ from appliance.errors import StoreError
 from runtime.kv.files import Io
 from runtime.kv.footer import read_footer, walk
 from runtime.kv.ground import read_record, row_of
-from runtime.kv.index import INDEX_FORMAT, INDEX_NAME, Index, Row, RowKey, found_format
+from runtime.kv.index import Index, Row, RowKey
+from runtime.kv.index_file import INDEX_FORMAT, INDEX_NAME, OldFormatError, is_damage
 from runtime.kv.keys import TenantKeys, derive_master
 from runtime.kv.record import ALIGN_BYTES, Kind, RecordHeader, unseal
-from runtime.kv.segment import SegmentRow
+from runtime.kv.segment import SegmentRow, Segments
 from runtime.kv.tenants import Tenants
 
 _DRAFT = f"{INDEX_NAME}.new"
@@ -29,33 +30,37 @@ _BESIDE = ("-wal", "-shm")
 _log = logging.getLogger("solocard.kv")
 
 
-def ready_index(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> None:
-    """See to it that ``directory`` has an index of this format or none and no segments either.
+def open_index(directory: Path, io: Io, master_key: bytes, tenants: Tenants, segments: Segments) -> Index:
+    """The index for writing, made again where it is missing or damaged, and ``segments`` recovered by it.
 
-    A cache of an older format is removed: it is a cache. Raises StoreError for one of a newer format, OSError and
-    sqlite3.OperationalError where the disk refuses.
+    A cache of an earlier format is removed: it is a cache. Raises StoreError for one of a later format, OSError and
+    sqlite3.Error where the disk refuses.
     """
     path = directory / INDEX_NAME
     try:
-        found = found_format(path)
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError as error:
-        _log.warning("%s cannot be read (%s): set aside, made again from the segments", path, error)
-        rebuild(directory, io, master_key, tenants)
-        return
-    if found > INDEX_FORMAT:
-        raise StoreError(
-            f"{path} has format {found}, this Solocard reads {INDEX_FORMAT}; "
-            f"update Solocard, or delete the directory {directory}"
-        )
-    if 0 < found < INDEX_FORMAT:
+        return _open(directory, io, segments)
+    except OldFormatError as error:
         _log.warning("%s has format %d, this Solocard writes %d: removed, the KV cache starts empty",
-                     directory, found, INDEX_FORMAT)  # fmt: skip
+                     directory, error.args[0], INDEX_FORMAT)  # fmt: skip
         _remove_all(directory, io)
-    elif not found and any(directory.glob("*.kvs")):
-        _log.warning("%s is missing: made again from the segments", path)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if not is_damage(error):
+            raise
+        _log.warning("%s cannot be read (%s): made again from the segments", path, error)
         rebuild(directory, io, master_key, tenants)
+    return _open(directory, io, segments)
+
+
+def _open(directory: Path, io: Io, segments: Segments) -> Index:
+    index = Index.open(directory, io, create=not any(directory.glob("*.kvs")))
+    try:
+        short = segments.recover(index.segments())
+        if short:
+            _log.warning("KV segments are shorter than their index: %d records lost", index.shorten(short))
+    except BaseException:
+        index.close()
+        raise
+    return index
 
 
 def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> None:

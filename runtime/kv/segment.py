@@ -89,6 +89,7 @@ class Segments:
         known, short = {segment_name(row.number): row for row in indexed}, []
         with os.scandir(self._directory) as entries:  # 90 GB are 350 files: pathlib would take longer than SQLite
             files = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".kvs")}
+        self._accepted.clear()
         for name, size_bytes in files.items():
             row = known.pop(name, None)
             if row is None or row.end_bytes <= 0:
@@ -105,7 +106,7 @@ class Segments:
             else:
                 self._io.unlink(self._directory / name)
         short += [dataclasses.replace(row, end_bytes=0) for row in known.values()]
-        self._next = 1 + max(self._accepted, default=-1)
+        self._next = max(self._next, 1 + max(self._accepted, default=-1))
         self._add_up()
         return short
 

@@ -26,12 +26,13 @@ from runtime.kv.files import Io, lock_directory
 from runtime.kv.fingerprint import Fingerprint
 from runtime.kv.ground import DAY_S, Ground
 from runtime.kv.index import Index
+from runtime.kv.index_file import is_damage
 from runtime.kv.job import KvHit, Note, PutJob, PutResult, Sink, TailUnit, Unit
 from runtime.kv.keys import derive_master
 from runtime.kv.layout import KvLayout
 from runtime.kv.lookup import Lookup, Prompt, name_prompt
 from runtime.kv.policy import Policy
-from runtime.kv.rebuild import ready_index, rebuild
+from runtime.kv.rebuild import open_index, rebuild
 from runtime.kv.reclaim import reserve, sweep
 from runtime.kv.record import Kind
 from runtime.kv.segment import SEGMENT_BYTES, Segments
@@ -78,14 +79,13 @@ class KvStore:
         lock_fd = lock_directory(directory, io)
         try:
             tenants = Tenants(directory, master_key, io, clock)
-            ready_index(directory, io, master_key, tenants)
-            with contextlib.ExitStack() as opened:
-                index = Index.open(directory, io)
-                opened.callback(index.close)
-                segments = Segments(directory, io, segment_bytes, master.store)
-                _recover(index, segments)
+            segments = Segments(directory, io, segment_bytes, master.store)
+            index = open_index(directory, io, master_key, tenants, segments)
+            try:
                 reader = Index.open(directory, io, read_only=True)
-                opened.pop_all()
+            except BaseException:
+                index.close()
+                raise
         except (OSError, sqlite3.Error) as error:
             os.close(lock_fd)
             raise StoreError(f"{directory}: the KV cache cannot be opened ({error})") from None
@@ -126,8 +126,8 @@ class KvStore:
             reader = self._reader
             try:
                 prompt = self._prompt(tenant, ids, shared_tokens)
-                lookup = Lookup(self._ground, reader, self._reading, prompt, int(self._ground.clock()))
-                return lookup.run(sink, replay_tokens, tails)
+                now_s = int(self._ground.clock())
+                return Lookup(self._ground, reader, self._reading, prompt, now_s, tails=tails).run(sink, replay_tokens)
             except StoreError as error:  # a tenant's key file
                 _log.warning("KV lookup: %s", error)
                 break
@@ -264,7 +264,7 @@ class KvStore:
 
     def _mend(self, error: OSError | sqlite3.Error) -> bool:
         """Make the index again where SQLite found it damaged; under the write lock. False where that is no help."""
-        if type(error) is not sqlite3.DatabaseError:  # its subclasses are a full disk, a lock, a wrong call
+        if not is_damage(error):
             return False
         ground = self._ground
         try:
@@ -273,8 +273,9 @@ class KvStore:
                 ground.index.close()
                 ground.segments.close()
                 rebuild(ground.directory, ground.io, self._master_key, ground.tenants)
-                ground.index = Index.open(ground.directory, ground.io)
-                _recover(ground.index, ground.segments)
+                ground.index = open_index(
+                    ground.directory, ground.io, self._master_key, ground.tenants, ground.segments
+                )
                 self._reader = Index.open(ground.directory, ground.io, read_only=True)
             ground.index.remember(ground.fingerprint, int(ground.clock()))
         except (OSError, sqlite3.Error, StoreError) as again:
@@ -336,9 +337,3 @@ def _result(plan: Plan | PutResult, refusal: str) -> PutResult:
     why = plan.reason or (refusal if plan.drafts else "")
     return PutResult(False, why) if why else PutResult(True, "", len(plan.drafts), plan.need_bytes)
 
-
-def _recover(index: Index, segments: Segments) -> None:
-    short = segments.recover(index.segments())
-    if short:
-        lost = index.shorten(short)
-        _log.warning("KV segments are shorter than their index: %d records lost", lost)

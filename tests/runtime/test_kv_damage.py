@@ -23,7 +23,7 @@ from kv_support import (
     tiny_layout,
 )
 
-from runtime.kv.index import INDEX_NAME
+from runtime.kv.index_file import INDEX_NAME
 from runtime.kv.record import HEADER_BYTES, TAG_BYTES, record_bytes
 
 BLOCK = record_bytes(tiny_layout().block_bytes)

@@ -87,6 +87,31 @@ def test_an_exact_tail_is_found_by_its_ids(tmp_path):
         store.close()
 
 
+def test_a_miss_of_a_tail_says_why(tmp_path):
+    store = open_store(tmp_path / "kv")
+    for chat, tokens in ((0, 100), (1, 600)):
+        assert put_tail(store, chat, tokens).stored
+    store.close()
+    store = open_store(tmp_path / "kv", threads="intra=1")
+    for chat, tokens in ((0, 200), (1, 700)):
+        assert look_up(store, prompt(chat, tokens), tails=True)[0].reason == "fingerprint: arithmetic.threads"
+    assert look_up(store, prompt(0, 200))[0].reason == "too-short"  # nobody asked for tails
+    store.close()
+    store = open_store(tmp_path / "kv")
+    places = store._ground.index.connection.execute("SELECT segment, offset FROM record WHERE kind = 3").fetchall()
+    for segment, offset in places:
+        with store._ground.segments.path(segment).open("r+b") as file:
+            file.seek(offset + 5000)
+            file.write(b"\0\1\2\3")
+    for chat, tokens in ((0, 200), (1, 700)):
+        hit, blocks = look_up(store, prompt(chat, tokens), tails=True)
+        assert (hit.tokens, hit.tail, hit.reason, blocks) == (0, None, "corrupt", [])
+    assert put(store, 1, 512).stored
+    assert (look_up(store, prompt(1, 700), tails=True)[0].tokens, put_tail(store, 1, 600).records) == (512, 1)
+    assert look_up(store, prompt(1, 700), tails=True)[0].tokens == 600
+    store.close()
+
+
 def test_an_exact_replay_where_the_checkpoints_are_gone(tmp_path):
     store = open_store(tmp_path / "kv")
     store.put(PutJob("default", prompt(0, 2048), blocks_of(0, 2048)))
