@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the child said, the names (or numbers) of the calls it made, and its exit status (−9 when killed)."""
+    """What the child said, the names (or numbers) of its calls (``unlink.kvs``: a segment), its status (−9: killed)."""
 
     lines: list[str]
     calls: list[str]
@@ -76,7 +76,7 @@ def _counted(name):
     real = getattr(Io, name)
 
     def call(self, *arguments):
-        self.calls.append(name)
+        self.calls.append(name + arguments[0].suffix if name == "unlink" else name)
         if self._step("before"):
             if name == "pwrite":
                 fd, data, offset = arguments

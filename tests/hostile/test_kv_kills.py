@@ -44,12 +44,19 @@ def test_killed_while_opening(warm, folder):
     assert sweep.found == []
 
 
-@pytest.mark.parametrize("name", ["unlink", "fdatasync", "commit", "truncate"])
-def test_killed_around_a_reclaim(warm, folder, name):
-    """A small quota: the calls on both sides of removing a segment, and the sealing of the next."""
-    kills, rng = Kills(warm, folder, 8, small=True), random.Random(name)
-    places = [at for at, call in enumerate(kills.calls["io"]) if call == name]
-    for when in ("before", "after"):
-        if places:
-            assert kills.kill("io", rng.choice(places), when) == []
-    assert "unlink" in kills.calls["io"]
+@pytest.fixture(scope="module")
+def reclaims(warm):
+    """Kills of a story under a small quota; the undisturbed telling is paid once."""
+    with memory_folder() as path:
+        yield Kills(warm, path, 8, small=True)
+
+
+@pytest.mark.parametrize(("ahead", "when"), [(0, "before"), (0, "after"), (-1, "before"), (-1, "after"), (1, "after")])
+def test_killed_around_a_reclaim(reclaims, ahead, when):
+    """On both sides of the calls that remove a segment: of the commit that forgets it, of the sync of the names."""
+    calls = reclaims.calls["io"]
+    places = [at for at, call in enumerate(calls) if call == "unlink.kvs"]
+    assert len(places) > 3
+    assert {calls[at - 1] for at in places} <= {"commit", "unlink.kvs", "sync_directory"}
+    for at in random.Random(ahead).sample(places, 3):
+        assert reclaims.kill("io", at + ahead, when) == []
