@@ -118,7 +118,7 @@ def test_turns_of_a_chat_start_where_the_last_one_ended(mini_engine: Engine, mix
     for turn in range(2):
         ids = [*ids, *history, *numbers(mini_engine, (50 + turn, 30))]
         history, last = serve(exact_tails=turn == 1).ask(ids, 40)
-        assert last.usage.hit_tokens == (0, 512)[turn]  # 480 + 39 tokens were in the sequence: an answer ended that block
+        assert last.usage.hit_tokens == (0, 512)[turn]  # 480 + 39 were in the sequence: the answer's end
     ids = [*ids, *history, *numbers(mini_engine, (60, 5))]
     cold, _ = serve(stored=False).ask(ids)
     warm, last = serve().ask(ids)
