@@ -118,6 +118,16 @@ def test_the_stores_own_count_agrees(ask, store):
     assert {name: getattr(report.status, name) for name in same} == {name: getattr(own, name) for name in same}
 
 
+def test_what_was_set_aside_counts_as_damaged_and_not_as_held(ask, store, home):
+    flip(home / "kv/0000.kvs", 5000)  # the first block of the first chat
+    assert look_up(store, prompt(1, 600))[0].reason == "corrupt"
+    put(store, 5, 256)  # the next commit notes it
+    report = KvReport.from_dict(ask("stats"))
+    assert (report.damaged, report.status.blocks) == (1, 8)  # 8 - 1 + 1
+    found = ask("verify")
+    assert [(item["file"], item["offset"]) for item in found["damaged"]] == [("0000.kvs", 0)]
+
+
 def test_damaged_parts_are_sentences_not_stack_traces(ask, store, home, capsys):
     store.close()
     (home / "kv/index.sqlite3").write_bytes(b"no database" * 1000)
@@ -148,6 +158,16 @@ def test_verify_opens_every_record(ask, store, home):
     found = ask("verify")
     assert (found["records"], found["damaged"], found["purged_records"]) == (12, [], 0)
     assert found["read_bytes"] == 8 * BLOCK_BYTES + 3 * UNIT_BYTES + record_bytes(tail_bytes(tiny_layout(), 300))
+
+
+def test_verify_tells_how_far_it_is(store, home, monkeypatch, capsys):
+    monkeypatch.setattr("runtime.kv_command.PROGRESS_S", 0.0)
+    assert main(["kv", "verify"]) == 0
+    *steps, last = [Progress(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
+    assert len(steps) == 12
+    assert [step.done_bytes for step in steps] == sorted(step.done_bytes for step in steps)
+    assert {step.total_bytes for step in steps} == {store.status().used_bytes}
+    assert (last.done, last.data["records"]) == (True, 12)
 
 
 def test_verify_names_what_is_damaged(ask, store, home):
