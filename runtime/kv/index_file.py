@@ -53,8 +53,10 @@ def is_damage(error: BaseException) -> bool:
         return True
     if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.ProgrammingError):
         return False
-    code = getattr(error, "sqlite_errorcode", None)  # none: the rows' own check
-    return type(error) is sqlite3.DatabaseError if code is None else code & 0xFF not in _NOT_DAMAGE
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # not SQLite's word: the rows' own check, or Python could not decode a text
+        return type(error) is sqlite3.DatabaseError or str(error).startswith("Could not decode")
+    return code & 0xFF not in _NOT_DAMAGE
 
 
 _NOT_DAMAGE = frozenset({
