@@ -7,6 +7,7 @@ import pytest
 from serve_live import KEY, live
 from serve_support import FakeEngine, spell
 
+from appliance.kv_words import MEANING
 from runtime.chat.content import MAX_MESSAGES, ROLES
 from runtime.chat.encoding import DIALECTS
 from runtime.sampler import MAX_STOP_CHARS, MAX_STOP_STRINGS
@@ -54,6 +55,14 @@ def test_every_error_code_is_on_the_page_and_none_else() -> None:
     raised = set(re.findall(r'code="(\w+)"', source))
     listed = set(re.findall(r"^\| \d{3} \| `(\w+)` \|", PAGE, re.MULTILINE))
     assert raised == listed
+
+
+def test_every_reason_of_a_miss_is_on_the_page_and_none_else() -> None:
+    table = PAGE.partition("## What the KV cache finds")[2].partition("## ")[0]
+    listed = set(re.findall(r"^\| `([a-z-]+)(?:: FIELDS)?` \|", table, re.MULTILINE))
+    source = "".join((ROOT / f"runtime/{name}.py").read_text() for name in ("run", "kv/lookup", "kv/store"))
+    assert listed == set(MEANING)
+    assert {reason for reason in MEANING if f'"{reason}' in source} == listed
 
 
 def test_the_numbers_on_the_page_are_the_code_s() -> None:
