@@ -13,6 +13,7 @@ from kv_restore_support import (
     TENANT,
     dirty,
     go_on,
+    make_engine,
     open_store,
     prompt_of,
     run_cold,
@@ -125,6 +126,20 @@ def test_the_real_cache_geometry_replays_exactly(
     reach: int, extra: int, shallow_engine: Engine, tmp_path: Path
 ) -> None:  # fmt: skip
     check_replay(shallow_engine, tmp_path / "kv", reach, extra, steps=64)
+
+
+@pytest.mark.slow
+def test_nine_layers_of_the_real_geometry_replay_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """S, S, then C and H in turn, as in V4-Flash: R = 1,280; 256 tokens less are not enough here either."""
+    layers = dataclasses.replace(KV_TRUE, num_hidden_layers=9, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 128, 4))
+    engine = make_engine(layers, tmp_path / "model", 2048)
+    assert engine.replay_tokens == 1280
+    check_replay(engine, tmp_path / "kv", 6, 40)
+    monkeypatch.setattr(engine, "_replay_tokens", 1024)
+    with pytest.raises(AssertionError, match="view"):
+        check_replay(engine, tmp_path / "short", 6, 40)
 
 
 @pytest.mark.slow
