@@ -12,7 +12,7 @@ from appliance.model import BLOCK_TOKENS
 # A prefill this long leaves a checkpoint on its way, and again after as much. What was cut off before it comes back by
 # exact replay, 5,632 tokens for V4-Flash whatever this distance; every 16,384 tokens writes 3 % more and hits no more.
 ANCHOR_TOKENS = 65_536
-NEAR_SHARE = 32  # a checkpoint less than 1/32 of its tokens after another is not worth the 3.6 MB it takes
+NEAR_SHARE = 40  # a checkpoint less than 1/40 of its tokens after another is not worth the 3.6 MB it takes
 
 
 def whole_blocks(n_tokens: int) -> int:
@@ -57,6 +57,6 @@ def write_points(
 def far_apart(earlier_tokens: int, tokens: int) -> bool:
     """Does a checkpoint after ``tokens`` tokens save enough where there is one after ``earlier_tokens``?
 
-    Of a prompt at most 1/32 is so computed again: measured on traces of agents and chats, benchmarks/kv_trace.py.
+    Of a prompt at most 1/40 is so computed again: measured on traces of agents and chats, benchmarks/kv_trace.py.
     """
     return (tokens - earlier_tokens) * NEAR_SHARE >= tokens

@@ -49,10 +49,10 @@ def test_write_points_by_hand() -> None:
 
 def test_points_near_each_other_are_one() -> None:
     cold = {"common_tokens": 0, "anchor_tokens": 0, "shared_tokens": 0}
-    assert write_points(8192, 7936, 31, **cold) == {8192}  # 256 tokens are 1/32
-    assert write_points(8448, 8192, 32, **cold) == set()
-    assert write_points(65_536, 65_536 - 1792, 249, **cold) == set()
-    assert write_points(65_536, 65_536 - 2048, 248, **cold) == {65_536}
+    assert write_points(10_240, 9984, 39, **cold) == {10_240}  # 256 tokens are 1/40
+    assert write_points(10_496, 10_240, 40, **cold) == set()
+    assert write_points(65_536, 65_536 - 1536, 250, **cold) == set()
+    assert write_points(65_536, 65_536 - 1792, 249, **cold) == {65_536}
     near = cold | {"common_tokens": 30_720, "anchor_tokens": 16_384}
     assert write_points(31_488, 0, 0, **near) == {16_384, 31_488}  # the common prefix is taken with the prompt's end
     assert write_points(66_048, 0, 0, **cold) == {66_048}
@@ -62,10 +62,10 @@ def test_points_near_each_other_are_one() -> None:
 
 def test_an_answer_near_its_prompt_gets_no_checkpoint_but_its_blocks(make) -> None:
     kv = FakeKv()
-    engine = FakeEngine(context_tokens=20_000)
-    answer(make(engine, kv, reuse_mixed=True), numbers((0, 16_390)), max_tokens=300)
-    assert roles(kv) == [(16_384, "PROMPT")]
-    assert max(index for job in kv.jobs for index in job.blocks) == 64
+    engine = FakeEngine(context_tokens=12_000)
+    answer(make(engine, kv, reuse_mixed=True), numbers((0, 10_760)), max_tokens=260)
+    assert roles(kv) == [(10_752, "PROMPT")]
+    assert max(index for job in kv.jobs for index in job.blocks) == 42
 
 
 def test_calls_after_a_tail_meet_the_next_multiple_of_256() -> None:
