@@ -42,6 +42,10 @@ def open_index(home: Path) -> Iterator[Index | None]:
     try:
         index = Index.open(directory, Io(), read_only=True)
         yield index
+    except sqlite3.OperationalError as error:  # a full disk, another user's folder: the file itself may be good
+        raise StoreError(
+            f"{directory / INDEX_NAME} cannot be opened now ({error}); look at the disk's free space and at whose it is"
+        ) from None
     except sqlite3.Error as error:
         raise StoreError(
             f"{directory / INDEX_NAME} cannot be read ({error}); a server makes it anew when it starts"

@@ -141,6 +141,12 @@ def test_damaged_parts_are_sentences_not_stack_traces(ask, store, home, capsys):
     assert refused(capsys, "verify")[0] == 6
 
 
+def test_an_index_that_cannot_be_opened_now_is_not_called_damaged(ask, home, monkeypatch):
+    (home / "kv").mkdir()
+    (home / "kv/index.sqlite3").mkdir()  # stands for whatever keeps SQLite from opening a file
+    assert "cannot be opened now" in KvReport.from_dict(ask("stats")).problems[0]
+
+
 def test_a_damaged_key_file_is_a_note_and_the_others_are_read(ask, store, home):
     store.close()
     path = store._ground.tenants.path("team-b")
