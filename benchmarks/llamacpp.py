@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import llamacpp_measure as measure  # noqa: E402
 from llamacpp_library import ELEMENT_TYPES, LibraryError  # noqa: E402
-from llamacpp_sides import OurSide, PeerSide, Side  # noqa: E402
+from llamacpp_sides import FilledSide, OurSide, PeerSide, Side  # noqa: E402
 
 from exporter.presets import KV_TRUE  # noqa: E402
 
@@ -50,7 +50,8 @@ def make_side(name: str, seed: int, args: argparse.Namespace) -> Side:
     folder, context_tokens = Path(args.folder), max(args.tokens, *args.lengths) + args.steps + 256
     if name == "llama.cpp":
         return PeerSide(args.library, folder / f"{seed}.gguf", context_tokens=context_tokens, cache=args.cache)
-    return OurSide(folder / f"checkpoint-{seed}", folder / f"bundle-{seed}", context_tokens=context_tokens,
+    kind = FilledSide if args.cost_only else OurSide
+    return kind(folder / f"checkpoint-{seed}", folder / f"bundle-{seed}", context_tokens=context_tokens,
                    exact_tail=name == "ours-tail")  # fmt: skip
 
 
@@ -61,20 +62,22 @@ def measure_side(args: argparse.Namespace) -> Figures:
     kept = Path(args.folder) / f"kept-{args.side}"
     ids = measure.prompt(KV_TRUE.vocab_size, max(args.tokens, *args.lengths) + args.steps)
     figures: Figures = {"name": args.side, "exact": [], "cost": []}
-    for n in args.lengths:
+    for n in [] if args.cost_only else args.lengths:
         if n % side.unit_tokens == 0:
             say(f"{args.side}: exactness at {n} tokens")
             figures["exact"].append(measure.exactness(side, ids, n, args.steps, kept))
     for n in (args.tokens // 2, args.tokens):
         say(f"{args.side}: cost at {n} tokens")
         figures["cost"].append(measure.cost(side, ids, n, args.rounds, kept))
+    if isinstance(side, PeerSide):
+        figures["library"] = side.library.description
+    if args.cost_only:
+        return figures
     say(f"{args.side}: damage")
     ids = ids[: args.tokens + 4]
     figures["damage"] = measure.damage(side, ids, args.tokens, args.places, kept)
     say(f"{args.side}: another model's state")
     figures["other"] = measure.in_child(lambda: other_weights(args, ids, kept))
-    if isinstance(side, PeerSide):
-        figures["library"] = side.library.description
     return figures
 
 
@@ -115,7 +118,7 @@ def run_side(name: str, args: argparse.Namespace) -> Figures:
     options = {"side": name, "folder": args.folder, "library": args.library, "layers": args.layers,
                "tokens": args.tokens, "steps": args.steps, "cache": args.cache, "rounds": args.rounds,
                "places": args.places, "lengths": ",".join(map(str, args.lengths))}  # fmt: skip
-    command = [sys.executable, __file__]
+    command = [sys.executable, __file__, *(["--cost-only"] if args.cost_only else [])]
     for key, value in options.items():
         command += [f"--{key}", str(value)] if value is not None else []
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # else an abort starts a debugger
@@ -139,7 +142,8 @@ def report(sides: list[Figures], args: argparse.Namespace) -> None:
         print(f"\n{LABELS[figures['name']]}")
         print_cost(figures["cost"])
         print_exact(figures["exact"])
-        print_damage(figures)
+        if "damage" in figures:
+            print_damage(figures)
     print_agreement(sides)
 
 
@@ -149,11 +153,13 @@ def print_cost(cost: list[Figures]) -> None:
     print(f"  size      {full['bytes']:>12,} B at {full['tokens']} tokens = {per_token:,.0f} B a token + "
           f"{full['bytes'] - per_token * full['tokens']:,.0f} B")  # fmt: skip
     print(f"            {', '.join(f'{name} {size:,}' for name, size in full['files'].items())}")
-    ms = {name: f"{1000 * median:,.1f} ({1000 * best:,.1f})" for name, (median, best) in full["seconds"].items()}
-    print(f"  save      {ms['save']} ms, median (best); a further fsync of its files {ms['sync']} ms")
+    ms = {name: f"{1000 * wall:,.1f} ms ({1000 * best:,.1f}; CPU {1000 * cpu:,.1f})"
+          for name, (wall, best, cpu) in full["seconds"].items()}  # fmt: skip
+    print("            below: median (best; median of the CPU time)")
+    print(f"  save      {ms['save']}; a further fsync of its files {ms['sync']}")
     for name in ("cold", "warm"):
-        print(f"  restore   {ms[f'restore_{name}']} ms {name} (open {ms[f'open_{name}']} ms; plain read of the files "
-              f"{ms[f'read_{name}']} ms)")  # fmt: skip
+        print(f"  restore   {name} {ms[f'restore_{name}']}; opening {ms[f'open_{name}']}; plain read of the files "
+              f"{ms[f'read_{name}']}")  # fmt: skip
     print(f"  prefill   {full['seconds']['prefill'][0]:,.1f} s for the same tokens")
 
 
@@ -210,6 +216,9 @@ def main() -> None:
                         help="prompts whose restore is checked for exactness (default: 255,256,700,1024)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=64, help="further tokens compared (default: 64)")
     parser.add_argument("--cache", choices=[*ELEMENT_TYPES], default="f16", help="llama.cpp's cache (default: f16)")
+    parser.add_argument(
+        "--cost-only", action="store_true", help="sizes and times alone; our state is random bytes then"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--places", type=int, default=16, help="damaged copies of each kind (default: 16)")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")

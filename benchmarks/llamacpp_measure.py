@@ -32,27 +32,40 @@ def steps(side: Side, chat: Any, ids: Sequence[int]) -> Logits:
     return np.stack([side.step(chat, token) for token in ids])
 
 
-def saved(side: Side, chat: Any, ids: Sequence[int], folder: Path) -> float:
-    """Save into an empty ``folder``; seconds of the save alone."""
+class Clock:
+    """Seconds since it was made: of the wall, and of this process's CPU time in all its threads."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+Took = tuple[float, float]
+
+
+def saved(side: Side, chat: Any, ids: Sequence[int], folder: Path) -> Took:
+    """Save into an empty ``folder``; what the save alone took."""
     shutil.rmtree(folder, ignore_errors=True)
     saver = side.saver(folder)
-    begin = time.perf_counter()
+    clock = Clock()
     side.save(saver, chat, ids)
-    took = time.perf_counter() - begin
+    took = clock.read()
     side.done(saver)
     return took
 
 
-def restored(side: Side, ids: Sequence[int], folder: Path) -> tuple[Any, Restored, float, float]:
-    """A fresh chat with what ``folder`` gives of ``ids``; seconds to open and to restore."""
+def restored(side: Side, ids: Sequence[int], folder: Path) -> tuple[Any, Restored, Took, Took]:
+    """A fresh chat with what ``folder`` gives of ``ids``; what opening and restoring took."""
     chat = side.start()
-    begin = time.perf_counter()
+    clock = Clock()
     opened = side.opened(folder)
-    middle = time.perf_counter()
+    opening, clock = clock.read(), Clock()
     result = side.restore(opened, chat, ids)
-    took = time.perf_counter() - middle
+    took = clock.read()
     side.done(opened)
-    return chat, result, middle - begin, took
+    return chat, result, opening, took
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------
@@ -89,38 +102,50 @@ def largest(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def cost(side: Side, ids: Sequence[int], n: int, rounds: int, folder: Path) -> Outcome:
-    """Bytes on disk, and seconds (median, best) to prefill, save, sync, open and restore n tokens."""
-    chat = side.start()
-    begin = time.perf_counter()
-    side.feed(chat, ids[:n])
-    times: dict[str, list[float]] = {"prefill": [time.perf_counter() - begin]}
+    """Bytes on disk, and what it takes to prefill, save, sync, open, restore and plainly read n tokens' state.
+
+    ``seconds``: name → [median, best, median of CPU seconds].
+    """
+    chat, times = side.start(), Times()
+    times.run("prefill", lambda: side.feed(chat, ids[:n]))
     for _ in range(rounds):
-        add(times, "save", saved(side, chat, ids[:n], folder))
-        begin = time.perf_counter()
-        sync(folder)
-        add(times, "sync", time.perf_counter() - begin)
+        times.add("save", saved(side, chat, ids[:n], folder))
+        times.run("sync", lambda: sync(folder))
     side.close(chat)
     for temperature in ("cold", "warm"):
+        settle = forget if temperature == "cold" else read_all
         for _ in range(rounds):
-            if temperature == "cold":
-                forget(folder)
-            chat, result, opening, took = restored(side, ids[: n + 1], folder)
-            side.close(chat)
+            settle(folder)
+            fresh, result, opening, took = restored(side, ids[: n + 1], folder)
+            side.close(fresh)
             assert result.tokens == n, result.reason
-            add(times, f"open_{temperature}", opening)
-            add(times, f"restore_{temperature}", took)
-            if temperature == "cold":
-                forget(folder)
-            begin = time.perf_counter()
-            read_all(folder)
-            add(times, f"read_{temperature}", time.perf_counter() - begin)
+            times.add(f"open_{temperature}", opening)
+            times.add(f"restore_{temperature}", took)
+            settle(folder)
+            times.run(f"read_{temperature}", lambda: read_all(folder))
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files(folder)}
-    seconds = {name: [statistics.median(values), min(values)] for name, values in times.items()}
-    return {"tokens": n, "bytes": sum(sizes.values()), "files": sizes, "seconds": seconds}
+    return {"tokens": n, "bytes": sum(sizes.values()), "files": sizes, "seconds": times.summary()}
 
 
-def add(times: dict[str, list[float]], name: str, value: float) -> None:
-    times.setdefault(name, []).append(value)
+class Times:
+    """What repeated calls took, by name."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, list[Took]] = {}
+
+    def add(self, name: str, took: Took) -> None:
+        self._taken.setdefault(name, []).append(took)
+
+    def run(self, name: str, call: Callable[[], object]) -> None:
+        clock = Clock()
+        call()
+        self.add(name, clock.read())
+
+    def summary(self) -> dict[str, list[float]]:
+        """Name → median and best of the wall, median of the CPU."""
+        columns = {name: list(zip(*taken, strict=True)) for name, taken in self._taken.items()}
+        return {name: [statistics.median(wall), min(wall), statistics.median(cpu)]
+                for name, (wall, cpu) in columns.items()}  # fmt: skip
 
 
 def files(folder: Path) -> list[Path]:

@@ -106,23 +106,26 @@ class OurSide:
     """
 
     def __init__(self, checkpoint: Path, folder: Path, *, context_tokens: int, exact_tail: bool) -> None:
-        from graph_support import quick_engine
-
-        self._engine = quick_engine(checkpoint, folder, context_tokens=context_tokens, max_sequences=2)
+        self._engine = self._load(checkpoint, folder, context_tokens)
         self._exact_tail = exact_tail
         self.unit_tokens = 1 if exact_tail else self._engine.spec.block_tokens
         self._identity = self._fingerprint(folder)
         self._last: Logits | None = None
+
+    def _load(self, checkpoint: Path, folder: Path, context_tokens: int) -> Any:
+        from graph_support import quick_engine
+
+        return quick_engine(checkpoint, folder, context_tokens=context_tokens, max_sequences=2)
 
     def _fingerprint(self, folder: Path) -> Any:
         """F as the server makes it, from the sha256 of the objects and the graph of this model."""
         from runtime.kv.fingerprint import fingerprint
 
         engine = self._engine
-        graph = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+        graphs = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model.onnx")]
         objects = [path.name for path in (folder / "objects").rglob("*") if path.is_file()]
         return fingerprint(
-            objects=objects, graphs=[graph], profile="full", tokenizer_sha256="", encoding=engine.spec.encoding,
+            objects=objects, graphs=graphs, profile="full", tokenizer_sha256="", encoding=engine.spec.encoding,
             numerics=engine.spec.numerics, layout_id=engine.layout.layout_id, arithmetic=engine.backend.arithmetic,
         )  # fmt: skip
 
@@ -188,3 +191,35 @@ class OurSide:
 
     def done(self, saver_or_opened: Any) -> None:
         saver_or_opened.close()
+
+
+class FilledSide(OurSide):
+    """Our side without a graph: a prompt's state is random bytes, on which sizes and times do not depend."""
+
+    def _load(self, checkpoint: Path, folder: Path, context_tokens: int) -> Any:
+        from appliance.model import ModelSpec, state_tensors
+        from exporter.checkpoint import Checkpoint
+        from runtime.engine import Engine
+
+        config = Checkpoint.open(checkpoint).config
+        states = state_tensors(config, "kv-v4")
+        spec = ModelSpec("test", config, states, "dsv4-0731", "kv-v4", (), ())
+        return Engine(spec, NoBackend(), context_tokens=context_tokens, max_sequences=2)
+
+    def feed(self, chat: Any, ids: Sequence[int]) -> Logits:
+        engine, rng = self._engine, np.random.default_rng(len(ids))
+        blocks = len(ids) // engine.spec.block_tokens
+        for index in range(blocks):
+            engine.import_block(chat, index, rng.bytes(engine.layout.block_bytes))
+        engine.resume(chat, len(ids), checkpoint=rng.bytes(engine.layout.checkpoint_bytes), blocks=blocks)
+        self._last = np.zeros(engine.spec.config.vocab_size, np.float32)
+        return self._last
+
+
+class NoBackend:
+    """Stands where a backend's arithmetic is asked for; runs nothing."""
+
+    def __init__(self) -> None:
+        from runtime.kv.fingerprint import Arithmetic
+
+        self.arithmetic = Arithmetic("none", "", "", "", "", 256)
