@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kv_fault_support import Acknowledged, done_lists, ever, problems
-from kv_story_support import make_story, open_faulty, say, seeded, tell
+from kv_story_support import make_story, open_faulty, put_by_writer, put_directly, say, seeded, tell
 
 from runtime.kv.files import Io
 
@@ -41,7 +41,7 @@ _DISK_CALLS = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """``what``: tell a story, or open (recover) and close. ``count``: io or call. ``when``: before, after."""
+    """``what``: tell a story, write it (by the writer), or open. ``count``: io or call. ``when``: before or after."""
 
     directory: str
     seed: int
@@ -110,7 +110,7 @@ def _child(task: Task, out: int) -> None:
             if task.what == "open":
                 open_faulty(Path(task.directory), story, io).close()
             else:
-                tell(Path(task.directory), story, io)
+                tell(Path(task.directory), story, io, put=put_by_writer if task.what == "write" else put_directly)
         status = 0
         if task.count == "io":
             say(" ".join(("calls", *io.calls)))
@@ -217,9 +217,14 @@ class Kills:
         told = self.leave(count, at, when, "killed")
         return self._problems("killed", f"{count} {at} {when}", told)
 
-    def leave(self, count: str, at: int, when: str, name: str) -> Acknowledged:
+    def kill_writer(self, at: int, when: str) -> list[str]:
+        """The same while the writer's thread writes; calls of the store only, system calls are not followed there."""
+        told = self.leave("io", at, when, "killed", "write")
+        return self._problems("killed", f"writer {at} {when}", told)
+
+    def leave(self, count: str, at: int, when: str, name: str, what: str = "tell") -> Acknowledged:
         """Kill a telling there; what it left lies in directory ``name``."""
-        result = self._run(name, "tell", count, at, when)
+        result = self._run(name, what, count, at, when)
         return Acknowledged.read(result.lines, self.story, self.undisturbed)
 
     def kill_opening(self, begin: str, rng: random.Random, told: Acknowledged, rebuilt: bool = False) -> list[str]:

@@ -30,9 +30,10 @@ from runtime.kv.files import Io
 from runtime.kv.layout import KvLayout
 from runtime.kv.policy import Policy
 from runtime.kv.record import Kind, Role
-from runtime.kv.store import KvHit, KvStore, PutJob, TailUnit, Unit
+from runtime.kv.store import KvHit, KvStore, PutJob, PutResult, TailUnit, Unit
 from runtime.kv.tail import tail_bytes
 from runtime.kv.tenants import Tenants
+from runtime.kv.writer import Writer
 
 NOW_S = 1_800_000_000
 SEGMENT_BYTES = 160 * 1024
@@ -192,7 +193,23 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())  # in one call: nobody reads half a line
 
 
-def tell(directory: Path, story: Story, io: Io, say: Callable[[str], None] = say) -> None:
+def put_directly(store: KvStore, jobs: list[PutJob]) -> list[PutResult | None]:
+    return [*store.put_all(jobs)]
+
+
+def put_by_writer(store: KvStore, jobs: list[PutJob]) -> list[PutResult | None]:
+    """The way of a request: the writer's thread takes them, the tickets say when they are on disk."""
+    writer = Writer(store)
+    tickets = [writer.submit(job) for job in jobs]
+    results = [ticket.wait(60.0) for ticket in tickets]
+    assert writer.close(60.0)
+    return results
+
+
+def tell(
+    directory: Path, story: Story, io: Io, say: Callable[[str], None] = say,
+    put: Callable[[KvStore, list[PutJob]], list[PutResult | None]] = put_directly,
+) -> None:  # fmt: skip
     """Do the story's steps and say what is acknowledged; a put that is not stored ends it with an error."""
     store = open_faulty(directory, story, io)
     before: Places = {}
@@ -200,8 +217,8 @@ def tell(directory: Path, story: Story, io: Io, say: Callable[[str], None] = say
         say(f"begin {number}")
         now_s = NOW_S + 60 * number
         if step.what == "put":
-            results = store.put_all([job_of(piece) for piece in step.pieces])
-            assert all(result.stored for result in results), results
+            results = put(store, [job_of(piece) for piece in step.pieces])
+            assert all(result and result.stored for result in results), results
         elif step.what == "look":
             look(store, step.pieces[0].tenant, step.pieces[0].chat, step.pieces[0].tokens + 1)
         elif step.what == "purge":

@@ -60,3 +60,9 @@ def test_killed_around_a_reclaim(reclaims, ahead, when):
     assert {calls[at - 1] for at in places} <= {"commit", "unlink.kvs", "sync_directory"}
     for at in random.Random(ahead).sample(places, 3):
         assert reclaims.kill("io", at + ahead, when) == []
+
+
+def test_killed_while_the_writer_thread_writes(warm, folder):
+    kills, rng = Kills(warm, folder, 9, small=False), random.Random("writer")
+    for at in rng.sample(range(len(kills.calls["io"]) * 3 // 4), 5):  # groups may be larger, then there are fewer calls
+        assert kills.kill_writer(at, rng.choice(["before", "after"])) == []
