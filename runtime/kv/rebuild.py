@@ -67,6 +67,11 @@ def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> Non
     """Make the index again; the old one, if there is one, is kept as ``index.sqlite3.damaged``."""
     begin_s = time.monotonic()
     found, segments = _scan(directory, io, master_key, tenants)
+    if not found and any(info.damaged for info in tenants.all()):
+        raise StoreError(
+            f"{directory}: the index has to be made again, and nothing there opens with keys/kv-master; restore that "
+            "key, or delete the directory"
+        )
     draft = directory / _DRAFT
     _unlink_all(draft, io)
     index = Index.open(directory, io, name=_DRAFT)
@@ -79,10 +84,11 @@ def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> Non
     finally:
         index.close()
     path = directory / INDEX_NAME
+    if path.exists():  # first of all: without its log it might read well, and older
+        io.rename(path, path.with_name(path.name + ".damaged"))
+        io.sync_directory(directory)
     for suffix in _BESIDE:  # a log left beside would be played into the new index
         io.unlink(path.with_name(path.name + suffix))
-    if path.exists():
-        io.rename(path, path.with_name(path.name + ".damaged"))
     io.sync_directory(directory)
     io.rename(draft, path)
     io.sync_directory(directory)
