@@ -117,7 +117,8 @@ def _share(args: argparse.Namespace, where: Path) -> dict[str, Any]:
     else:
         approvals.approve(text)
         lines = [
-            f"shared: what is stored of this system prompt ({len(text):,} characters{ending}) serves all tenants",
+            f"shared: this system prompt ({len(text):,} characters{ending}) is stored for all tenants the next time "
+            "it is computed",
             "a request uses it when its first message is a system message of exactly this text; tools are not shared",
         ]
     return {"lines": lines, "characters": len(text), "removed": args.remove}
