@@ -140,14 +140,14 @@ def report(sides: list[Figures], args: argparse.Namespace) -> None:
         print("llama.cpp: not measured, give --library PATH (how to get one: --help)")
     for figures in sides:
         print(f"\n{LABELS[figures['name']]}")
-        print_cost(figures["cost"])
+        print_cost(figures["cost"], not args.cost_only or figures["name"] == "llama.cpp")
         print_exact(figures["exact"])
         if "damage" in figures:
             print_damage(figures)
     print_agreement(sides)
 
 
-def print_cost(cost: list[Figures]) -> None:
+def print_cost(cost: list[Figures], computed: bool) -> None:
     half, full = cost
     per_token = (full["bytes"] - half["bytes"]) / (full["tokens"] - half["tokens"])
     print(f"  size      {full['bytes']:>12,} B at {full['tokens']} tokens = {per_token:,.0f} B a token + "
@@ -160,7 +160,8 @@ def print_cost(cost: list[Figures]) -> None:
     for name in ("cold", "warm"):
         print(f"  restore   {name} {ms[f'restore_{name}']}; opening {ms[f'open_{name}']}; plain read of the files "
               f"{ms[f'read_{name}']}")  # fmt: skip
-    print(f"  prefill   {full['seconds']['prefill'][0]:,.1f} s for the same tokens")
+    if computed:
+        print(f"  prefill   {full['seconds']['prefill'][0]:,.1f} s for the same tokens")
 
 
 def print_exact(exact: list[Figures]) -> None:
