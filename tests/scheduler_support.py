@@ -32,7 +32,7 @@ class Client:
     def wait(self) -> tuple[str, Finished | Failed]:
         text = ""
         while True:
-            event = self.events.get(timeout=10)
+            event = self.events.get(timeout=60)
             if not isinstance(event, Delta):
                 return text, event
             text += event.text

@@ -163,7 +163,7 @@ def test_blocks_without_a_checkpoint_are_replayed_exactly(make) -> None:
 # -- exact tails
 
 
-def next_turn(engine: FakeEngine, kv: FakeKv, before: list[int], sampled: int) -> list[int]:
+def next_turn(kv: FakeKv, before: list[int], sampled: int) -> list[int]:
     """The prompt of a turn that follows: what the stored tail covers, then more."""
     (ids,) = [ids for _, ids in kv.tails]
     assert ids[: len(before)] == tuple(before)
@@ -176,7 +176,7 @@ def test_with_exact_tails_the_next_turn_starts_where_the_last_one_ended(make) ->
     scheduler = make(engine, kv, reuse_mixed=True, exact_tails=True)
     prompt = numbers((0, 300))
     answer(scheduler, prompt, max_tokens=30)
-    again = next_turn(engine, kv, prompt, 30)
+    again = next_turn(kv, prompt, 30)
     cold, _ = answer(make(FakeEngine()), again, max_tokens=8)
     engine.calls.clear()
     text, last = answer(scheduler, again, max_tokens=8)
@@ -190,6 +190,10 @@ def test_tails_are_neither_kept_nor_used_where_cuts_differ_in_bits(make) -> None
     answer(make(FakeEngine(), kv, reuse_mixed=False, exact_tails=True), numbers((0, 300)), max_tokens=30)
     answer(make(FakeEngine(), kv, reuse_mixed=True), numbers((1, 300)), max_tokens=30)
     assert kv.tails == {}
+    mixed = make(FakeEngine(), kv, reuse_mixed=True, exact_tails=True)
+    answer(mixed, numbers((2, 300)), max_tokens=30)
+    again = next_turn(kv, numbers((2, 300)), 30)
+    assert answer(make(FakeEngine(), kv), again)[1].usage.hit_tokens == 256
 
 
 def test_a_draining_server_suspends_what_ends_and_what_it_cuts_off(make) -> None:
