@@ -79,6 +79,7 @@ class KvStore:
         lock_fd = lock_directory(directory, io)
         try:
             tenants = Tenants(directory, master_key, io, clock)
+            tenants.tidy()
             segments = Segments(directory, io, segment_bytes, master.store)
             index = open_index(directory, io, master_key, tenants, segments)
             try:
@@ -204,8 +205,11 @@ class KvStore:
         ground, now_s = self._ground, int(self._ground.clock())
         writing = Writing(ground, now_s, frozenset(self._pins))
         plans = [writing.plan(job) for job in jobs]
+        if self._still_stopped():
+            return [_result(plan, self._stopped) for plan in plans]
         kept = [plan for plan in plans if isinstance(plan, Plan) and not plan.reason]
-        refusal = self._refusal() if any(plan.drafts for plan in kept) else ""
+        off = ground.policy.max_bytes <= 0 and any(plan.drafts for plan in kept)
+        refusal = "policy: the KV cache is switched off" if off else ""
         if not refusal and kept:
             refusal = writing.store(kept)
             if refusal and len(jobs) > 1:
@@ -213,18 +217,15 @@ class KvStore:
             self._refused = refusal
             self._kinds = None
         results = [_result(plan, refusal) for plan in plans]
-        if not self._stopped:
-            lost = zip(plans, results, strict=True)
-            writing.note([plan for plan, result in lost if isinstance(plan, Plan) and not result.stored])
+        told = zip(plans, results, strict=True)
+        writing.note([plan for plan, result in told if isinstance(plan, Plan) and not result.stored])
         return results
 
-    def _refusal(self) -> str:
-        """Why nothing can be written now, empty when it can; a full disk is tried again after a minute."""
-        if self._ground.policy.max_bytes <= 0:
-            return "policy: the KV cache is switched off"
+    def _still_stopped(self) -> bool:
+        """A full disk is tried again after a minute; one that failed otherwise after the next start."""
         if self._stopped and self._ground.clock() >= self._retry_s:
             self._stopped = ""
-        return self._stopped
+        return bool(self._stopped)
 
     def _sweep(self) -> None:
         now_s = self._ground.clock()
@@ -334,6 +335,6 @@ class KvStore:
 def _result(plan: Plan | PutResult, refusal: str) -> PutResult:
     if isinstance(plan, PutResult):
         return plan
-    why = plan.reason or (refusal if plan.drafts else "")
+    why = plan.reason or (refusal if plan.drafts or plan.job.replays else "")
     return PutResult(False, why) if why else PutResult(True, "", len(plan.drafts), plan.need_bytes)
 

@@ -31,6 +31,7 @@ _MAGIC, _VERSION = b"SKVT", 2
 _HEAD = struct.Struct("<4sH2x12s")  # magic, version, zeros, nonce
 _INSIDE = struct.Struct(f"<{KEY_BYTES}sQ")  # secret, created (unix s); then the name in UTF-8
 _MAX_BYTES = 4096
+_DRAFT_S = 60.0
 _log = logging.getLogger("solocard.kv")
 _Stamp = tuple[int, int, int]  # inode, modified (ns), size: another file shows in at least one
 
@@ -88,8 +89,9 @@ class Tenants:
                 known = None
             if known:
                 return known.keys
-            if path.exists() and not any(_read(path)):
-                self._io.unlink(path)  # left by a purge that was cut off
+            with contextlib.suppress(FileNotFoundError):
+                if not any(_read(path)):
+                    self._io.unlink(path)  # left by a purge that was cut off
             make_directory(self._directory, self._io)
             write_new(path, self._wrap(path, name), self._io)
         raise StoreError(f"{path} is made and removed again and again; stop the purge")
@@ -112,6 +114,13 @@ class Tenants:
         with self._lock:
             self._known.pop(path, None)
         return True
+
+    def tidy(self) -> None:
+        """Remove drafts that a crash has left; OSError as the system says."""
+        for draft in self._directory.glob("*.new"):
+            with contextlib.suppress(FileNotFoundError):
+                if self._clock() - draft.stat().st_mtime > _DRAFT_S:  # a younger one may be another process at work
+                    self._io.unlink(draft)
 
     def all(self) -> list[TenantInfo]:
         """Every tenant with a file, by name; damaged files come first, with what is wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -22,7 +23,7 @@ from kv_support import (
 )
 
 from runtime.kv.record import record_bytes
-from runtime.kv.store import PutJob
+from runtime.kv.store import Note, PutJob
 
 BLOCK = record_bytes(tiny_layout().block_bytes)
 CHECKPOINT = record_bytes(tiny_layout().checkpoint_bytes)
@@ -62,6 +63,27 @@ def test_a_failing_call_leaves_nothing_half_visible(tmp_path, code, name, at):
     assert put(store, 1, 512).stored
     assert_hit(store, 1, 512)
     assert_hit(store, 0, 512)
+    store.close()
+
+
+@pytest.mark.parametrize(("code", "again"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_a_full_disk_is_tried_again_after_a_minute(tmp_path, code, again):
+    now = [1_000_000.0]
+    open_store(tmp_path / "kv").close()
+    io = FaultIo(1, OSError(code, os.strerror(code)), only="pwrite")  # the first is the tenant's file
+    store = open_store(tmp_path / "kv", io=io, clock=lambda: now[0])
+    refused = put(store, 0, 256)
+    assert not refused.stored
+    io.at = 1 << 60  # from now on the disk is well
+    calls = len(io.calls)
+    note = dataclasses.replace(job(0, 256), blocks={}, units=(), note=Note(1.0, 256, 0, 0, "no-unit"))
+    assert store.put(note).stored  # nothing of it needs the disk, and it is left alone
+    kept = store.put(dataclasses.replace(note, replays={"call:1": [1]}))
+    assert (kept.stored, kept.reason) == (False, refused.reason)
+    assert len(io.calls) == calls
+    now[0] += 61
+    assert put(store, 0, 256).stored == again
+    assert store.status().writing == again
     store.close()
 
 

@@ -134,6 +134,19 @@ def test_a_purge_cut_off_after_the_secret_was_gone_counts(tmp_path):
     assert path.read_bytes()[:4] == b"SKVT"
 
 
+def test_drafts_of_a_crash_are_removed(tmp_path):
+    open_store(tmp_path / "kv").close()
+    folder = tmp_path / "kv" / "tenants"
+    folder.mkdir()
+    old, young = folder / "a.key.01.new", folder / "b.key.02.new"
+    for draft in (old, young):
+        draft.write_bytes(b"half a file")
+    os.utime(old, (1_000_000, 1_000_000))
+    open_store(tmp_path / "kv").close()
+    assert list(folder.iterdir()) == [young]
+    assert Tenants(tmp_path / "kv", MASTER_KEY).all() == []
+
+
 def test_a_tenant_swapped_for_another_does_not_open(tmp_path):
     tenants = Tenants(tmp_path, MASTER_KEY)
     tenants.create("alice")
