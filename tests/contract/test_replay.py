@@ -203,6 +203,29 @@ def test_a_replay_that_is_too_short_or_not_by_chunks_is_refused(mini_engine: Eng
     engine.close(seq)
 
 
+def test_a_replay_feeds_what_the_uninterrupted_run_feeds(
+    mini_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The table of blocks is as wide as the call needs, not as wide as what was imported: its width may move bits."""
+
+    class Stop(Exception):  # noqa: N818 (ends the call once its feeds are seen)
+        pass
+
+    class Feeds:
+        def run(self, feeds: dict[str, np.ndarray]) -> None:
+            raise Stop(feeds["block_table"].shape, int(feeds["pos"][0]))
+
+    seq = mini_engine.open()
+    for index in range(4):
+        mini_engine.import_block(seq, index, bytes(mini_engine.layout.block_bytes))
+    mini_engine.resume(seq, 512, blocks=4)
+    monkeypatch.setattr(mini_engine, "backend", Feeds())
+    with pytest.raises(Stop) as stopped:
+        mini_engine.prefill(seq, prompt_of(mini_engine, 256))
+    mini_engine.close(seq)
+    assert stopped.value.args == ((1, 3), 512)
+
+
 def test_blocks_seen_but_not_counted_are_given_back(mini_engine: Engine) -> None:
     """A lookup that failed half way: the sequence starts cold, with all of the pool."""
     engine, ids = mini_engine, prompt_of(mini_engine, 400)
