@@ -171,8 +171,8 @@ def _tokens(context: list[_Piece]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sessions", type=int, default=Load.sessions)
-    parser.add_argument("--hours", type=float, default=Load.hours, help="sessions start within this time")
+    parser.add_argument("--sessions", type=int, default=Load().sessions)
+    parser.add_argument("--hours", type=float, default=Load().hours, help="sessions start within this time")
     options = parser.parse_args()
     for request in generate(Load(seed=options.seed, sessions=options.sessions, hours=options.hours)):
         sys.stdout.write(json.dumps(asdict(request)) + "\n")

@@ -82,7 +82,8 @@ def report(name: str, requests: list[Request], quotas_gb: list[float], rules: li
             share = 100 * score.hit / ideal if ideal else 100.0
             cells = (f"{name:<16}", f"{quota_gb:>4g}GB ", f"{rule:<8}", f"{100 * score.hit:>6.2f} ",
                      f"{100 * ideal:>7.2f} ", f"{share:>10.2f} ", f"{100 * unlimited:>11.2f} ",
-                     f"{score.written:>7.4f} ", f"{score.copied:>6.4f} ", f"{score.over_segments:>4.2f} ", f"{score.refused:>7}")  # fmt: skip
+                     f"{score.written:>7.4f} ", f"{score.copied:>6.4f} ",
+                     f"{score.over_segments:>4.2f} ", f"{score.refused:>7}")  # fmt: skip
             print(*cells, flush=True)
 
 
@@ -91,8 +92,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a file of Mooncake JSON lines instead of the generated agents")
     parser.add_argument("--unit", type=int, default=512, help="tokens that one hash id of --trace stands for")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sessions", type=int, default=Load.sessions)
-    parser.add_argument("--hours", type=float, default=Load.hours)
+    parser.add_argument("--sessions", type=int, default=Load().sessions)
+    parser.add_argument("--hours", type=float, default=Load().hours)
     parser.add_argument("--quota", type=float, nargs="+", default=[32, 128, 512], help="GB of the real store")
     parser.add_argument("--rule", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--dir", type=Path, help="where the small store goes; a memory file system is quickest")

@@ -191,6 +191,21 @@ def test_the_prompt_that_is_about_to_be_used_stays(tmp_path, clock):
     store.close()
 
 
+def test_no_more_than_a_fifth_is_copied(tmp_path, clock, monkeypatch):
+    """Even where everything counts as hot."""
+    monkeypatch.setattr("runtime.kv.reclaim.HOT", 0.0)
+    store, copied = _open(tmp_path, clock), []
+    real = type(store._ground).copy_forward
+    monkeypatch.setattr(type(store._ground), "copy_forward", lambda ground, rows: copied.append(
+        sum(row.size_bytes for row in rows)) or real(ground, rows))  # fmt: skip
+    for chat in range(45):
+        clock.now_s += 60
+        assert put(store, chat, 512).stored
+    assert len(copied) > 2
+    assert SEGMENT / 8 < max(copied) <= SEGMENT / 5
+    store.close()
+
+
 def test_pinned_everywhere_is_a_refusal_not_a_loss(tmp_path, clock):
     store = _open(tmp_path, clock, max_bytes=2 * SMALL, segment_bytes=SMALL)
     chats = [0, 1]
