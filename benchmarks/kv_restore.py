@@ -86,6 +86,7 @@ def forget(*folders: Path) -> None:
                 warm = warm_share(fd)
                 if warm <= 0.05:
                     break
+                time.sleep(0.1)
             assert warm <= 0.05, f"{path.name}: {100 * warm:.0f} % are still in memory"
         finally:
             os.close(fd)
