@@ -1,13 +1,14 @@
 """How much of a trace the KV cache hits, and what it writes for that, measured on the real store in small.
 
     python benchmarks/kv_trace.py [--seeds 0 1] [--sessions 600] [--quota 32 128 512] [--rule product end dense]
-    python benchmarks/kv_trace.py --trace conversation_trace.jsonl [--unit 512]
+    python benchmarks/kv_trace.py --trace conversation_trace.jsonl [--unit 512] [--model]
 
 Without --trace the agents of agent_trace.py are replayed, one trace a seed. Mooncake's public traces are the files
 ``conversation_trace.jsonl``, ``toolagent_trace.jsonl`` and ``synthetic_trace.jsonl`` in the folder
 ``FAST25-release/traces`` of the repository ``kvcache-ai/Mooncake``; their hash ids stand for 512 tokens each.
 
 The store is the product's, its clock the trace's; records are 1/220 of V4-Flash's size (tests/kv_trace_support.py).
+With --model the policy alone is replayed (kv_trace_model.py): for full sizes, where the store takes an hour.
 "hit": tokens not computed again; what an exact replay recomputes counts as a miss. "ideal": an LRU cache of blocks of
 the same quota in which any block boundary is free; "of ideal" is the share of that. "unlimited": the same without
 a quota. "written": everything written to segments, checkpoints and copies included, per byte of the distinct blocks.
@@ -27,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from agent_trace import Load, generate  # noqa: E402
+from kv_trace_model import ModelReplay  # noqa: E402
 from kv_trace_support import (  # noqa: E402
     REAL_BLOCK_BYTES,
+    REPLAY_TOKENS,
     Replay,
     Request,
     Score,
@@ -65,20 +68,29 @@ def measure(requests: list[Request], quota_gb: float, rule: str, directory: Path
                              f"hit {100 * score.hit:.2f} %   ")  # fmt: skip
             sys.stderr.flush()
 
-    score = Replay(directory, Policy(max_bytes=quota_bytes(quota_gb * 1e9)), RULES[rule],
-                   0 if rule != "product" else 5_632).run(requests, tick)  # fmt: skip
+    policy = Policy(max_bytes=quota_bytes(quota_gb * 1e9))
+    score = Replay(directory, policy, RULES[rule], _replays(rule)).run(requests, tick)
     sys.stderr.write("\r" + " " * 70 + "\r")
     return score
 
 
-def report(name: str, requests: list[Request], quotas_gb: list[float], rules: list[str], base: Path | None) -> None:
+def _replays(rule: str) -> int:
+    return REPLAY_TOKENS if rule == "product" else 0
+
+
+def report(
+    name: str, requests: list[Request], quotas_gb: list[float], rules: list[str], base: Path | None, model: bool
+) -> None:  # fmt: skip
     """Print a line for each quota and rule."""
     unlimited = ideal_hit(requests, float("inf"))
     for quota_gb in quotas_gb:
         ideal = ideal_hit(requests, quota_gb * 1e9 / REAL_BLOCK_BYTES)
         for rule in rules:
-            with tempfile.TemporaryDirectory(dir=base) as directory:
-                score = measure(requests, quota_gb, rule, Path(directory) / "kv")
+            if model:
+                score = ModelReplay(quota_bytes(quota_gb * 1e9), RULES[rule], _replays(rule)).run(requests)
+            else:
+                with tempfile.TemporaryDirectory(dir=base) as directory:
+                    score = measure(requests, quota_gb, rule, Path(directory) / "kv")
             share = 100 * score.hit / ideal if ideal else 100.0
             cells = (f"{name:<16}", f"{quota_gb:>4g}GB ", f"{rule:<8}", f"{100 * score.hit:>6.2f} ",
                      f"{100 * ideal:>7.2f} ", f"{share:>10.2f} ", f"{100 * unlimited:>11.2f} ",
@@ -96,6 +108,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=Load().hours)
     parser.add_argument("--quota", type=float, nargs="+", default=[32, 128, 512], help="GB of the real store")
     parser.add_argument("--rule", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--model", action="store_true", help="the policy without the store: minutes, not hours")
     parser.add_argument("--dir", type=Path, help="where the small store goes; a memory file system is quickest")
     options = parser.parse_args()
     print(_HEAD)
@@ -104,7 +117,7 @@ def main() -> None:
     else:
         traces = {f"agents seed {s}": agent_requests(s, options.sessions, options.hours) for s in options.seeds}
     for name, requests in traces.items():
-        report(name, requests, options.quota, options.rule, options.dir)
+        report(name, requests, options.quota, options.rule, options.dir, options.model)
 
 
 if __name__ == "__main__":
