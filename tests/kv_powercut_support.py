@@ -36,7 +36,8 @@ def cut_points(recording: Recording, rng: random.Random, count: int) -> list[int
     anywhere = [c.begin + 1 for c in recording.changes]
     syncs = [c.end for c in recording.changes if isinstance(c, Sync)]
     says = [c.begin + 1 for c in recording.changes if isinstance(c, Say)]
-    return [rng.choice(rng.choice([anywhere, anywhere, syncs, says or syncs])) for _ in range(count)]
+    lists = [places for places in (anywhere, anywhere, syncs, says or syncs) if places] or [[0]]
+    return [rng.choice(rng.choice(lists)) for _ in range(count)]
 
 
 def after_cut(recording: Recording, at: int, rng: random.Random) -> tuple[Tree, dict[int, bytes]]:
