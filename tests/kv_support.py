@@ -1,18 +1,11 @@
-"""For the KV tests: real and tiny shapes, a store with known contents, and IO that fails or dies at a chosen call.
-
-``python kv_support.py DIR AT WHEN`` stores ``STORY`` into DIR, prints a line per acknowledged put, and is killed at
-the AT-th IO call, before or after it.
-"""
+"""For the KV tests: real and tiny shapes, a store with known contents, and IO that fails at a chosen call."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import os
-import signal
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -231,34 +224,5 @@ class FaultIo(Io):
         """A call succeeded."""
 
 
-class KillIo(FaultIo):
-    """Kills its own process, as kill -9 does, at call ``at``: before it (half of a write done), or after it."""
-
-    def __init__(self, at: int, when: str) -> None:
-        super().__init__(at)
-        self.when = when
-
-    def fail(self) -> None:
-        if self.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def after(self) -> None:
-        if self.when == "after" and len(self.calls) > self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 # (chat, tokens) in the order they are stored: new prefixes, longer turns of old ones, several segments.
 STORY = ((0, 256), (1, 512), (0, 768), (2, 256), (1, 1024), (3, 512), (2, 512))
-
-
-def tell_story(directory: Path, io: Io) -> None:
-    """Store ``STORY`` and say what was acknowledged, a line each."""
-    store = open_store(directory, io=io)
-    for chat, tokens in STORY:
-        if put(store, chat, tokens).stored:
-            print("stored", chat, tokens, flush=True)
-    store.close()
-
-
-if __name__ == "__main__":
-    tell_story(Path(sys.argv[1]), KillIo(int(sys.argv[2]), sys.argv[3]))

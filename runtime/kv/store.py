@@ -243,7 +243,8 @@ class KvStore:
                 self._refused = reserve(self._ground, 0, frozenset(), now_s)  # the first put sweeps: that takes longer
         except (OSError, sqlite3.Error) as error:
             self._undo()
-            self._stop(error)
+            if not self._mend(error):
+                self._stop(error)
 
     def _undo(self) -> None:
         self._ground.segments.abandon()

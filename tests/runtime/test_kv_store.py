@@ -261,8 +261,9 @@ def test_status_does_not_wait_for_the_disk(tmp_path):
 
 def test_the_index_is_as_durable_as_promised(tmp_path):
     store = open_store(tmp_path / "kv")
-    settings = [store._ground.index.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
-    assert settings == ["wal", 2]  # 2 = FULL: every commit is synced
+    connection = store._ground.index.connection
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: every commit is synced
     store.close()
 
 
