@@ -30,7 +30,7 @@ def folder():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_power_cut_loses_nothing_acknowledged(folder, seed):
-    assert Scene(folder, seed).cuts(30) == []
+    assert Scene(folder, seed).cuts(24) == []
 
 
 @pytest.mark.slow
