@@ -27,6 +27,10 @@ ROOT = HERE.parents[1]
 KEEP = 8  # of 16 experts, in each layer with a learned router
 SCORES = ("reap-mean", "reap-sum", "frequency", "random", "first")
 SECONDS = "seconds.json"
+LONGER = (
+    ", for the longer run on eight times the text (`texts.py --calibration-times 8`: the same sources, none of the "
+    "evaluation's)"
+)
 BEGIN, END = "<!-- distillation: begin -->", "<!-- distillation: end -->"
 
 
@@ -48,6 +52,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Longer:
+    """A second QAD, for as long as it takes: more text, more steps, its own rate."""
+
+    training: Path
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
 class Bench:
     """The exporter's commands on one checkpoint, in one work folder."""
 
@@ -56,6 +69,7 @@ class Bench:
     calibration: Path  # observed
     evaluation: Path
     training: Path  # healed and trained on
+    longer: Longer | None = None
 
     def command(self, *words: object, done: Path, codes: Sequence[int] = (0,)) -> None:
         """Run one command unless ``done`` is there; its seconds go into seconds.json under the folder's name."""
@@ -94,11 +108,11 @@ class Bench:
         self.command(*words, *more, "--out", out, done=out / "overlay.json")
         return out
 
-    def teacher(self) -> Path:
-        """What the teacher says on the training texts, for every training."""
-        out = self.work / "teacher"
+    def teacher(self, texts: Path | None = None, name: str = "teacher") -> Path:
+        """What the teacher says on ``texts`` (default: the training texts), for every training on them."""
+        out = self.work / name
         self.command(
-            "distill", "teacher", self.checkpoint, "--texts", self.training, "--out", out,
+            "distill", "teacher", self.checkpoint, "--texts", texts or self.training, "--out", out,
             done=out / "teacher.json",
         )  # fmt: skip
         return out
@@ -154,7 +168,19 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
     rows.append(bench.row(f"D4, then router KD, {steps} steps", "router", laid(view, plain, router), plain, router))
     qad = bench.overlay("qad", ["distill", "qad", *view], *train)
     rows.append(bench.row(f"QAD, {steps} steps", "qad", laid(view, qad), qad))
+    if bench.longer is not None:
+        rows.append(longer_row(bench, bench.longer, view))
     return rows
+
+
+def longer_row(bench: Bench, longer: Longer, view: Sequence[object]) -> Row:
+    teacher = bench.teacher(longer.training, "teacher-longer")
+    qad = bench.overlay(
+        "qad-longer", ["distill", "qad", *view], "--texts", longer.training, "--teacher", teacher,
+        "--steps", longer.steps, "--lr", longer.lr,
+    )  # fmt: skip
+    name = f"QAD, {longer.steps} steps, lr {longer.lr:g}, {read_json(teacher / 'teacher.json')['tokens']:,} tokens"
+    return bench.row(name, "qad-longer", laid(view, qad), qad)
 
 
 def whole_row(bench: Bench, steps: int) -> Row:
@@ -214,8 +240,8 @@ def domain_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, training: str) -> str:
-    """The marked block of the page; ``training`` names the file that was trained on."""
+def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, bench: Bench) -> str:
+    """The marked block of the page."""
     found = aims(cut, d4, recovery)
     tokens = cut[0].metrics["total"]["tokens"]
     told = (
@@ -223,7 +249,8 @@ def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, trai
         f"({KEEP} of 16 kept; the layer routed by token id stays whole), attention and shared experts go from FP8 to "
         "MXFP4 (\"D4\"); kept experts stay as they are unless QAD trains them. KL(teacher ‖ student) in nats over "
         f"{tokens:,} tokens of `evaluation.jsonl`. Statistics are of `calibration.jsonl`, training is on "
-        f"`{training}`. Seconds: the stages of that row, one thread of a machine with other work. The bounds on KL and "
+        f"`{bench.training.name}`{'' if bench.longer is None else LONGER}. The aims are of the last row with a cut. "
+        "Seconds: the stages of that row, one thread of a machine with other work. The bounds on KL and "
         "top-1 come from a probe with a model trained for less, whose cut and D4 cost KL .039 before recovery."
     )
     lines = [
@@ -251,15 +278,19 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--training", type=Path, default=HERE / "calibration.jsonl", help="texts of heal, router, QAD")
     parser.add_argument("--steps", type=int, default=150, help="of router KD and QAD (default: 150)")
+    parser.add_argument("--longer", type=Path, metavar="FILE", help="texts of one more, longer QAD")
+    parser.add_argument("--longer-steps", type=int, default=1600)
+    parser.add_argument("--longer-lr", type=float, default=1.5e-3)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     texts = (HERE / "calibration.jsonl", HERE / "evaluation.jsonl", args.training)
-    bench = Bench(args.work, args.checkpoint, *texts)
+    longer = Longer(args.longer, args.longer_steps, args.longer_lr) if args.longer else None
+    bench = Bench(args.work, args.checkpoint, *texts, longer)
     bench.observe("--hessian", 4096)
     cut, d4 = cut_rows(bench), d4_rows(bench)
     recovery, whole = recovery_rows(bench, args.steps), whole_row(bench, args.steps)
-    block = section(cut, d4, recovery, whole, args.training.name)
+    block = section(cut, d4, recovery, whole, bench)
     args.page.write_text(replaced(args.page.read_text("utf-8"), block), "utf-8")
     found = aims(cut, d4, recovery)
     for aim in found:

@@ -93,18 +93,20 @@ def conversations(asked: list[tuple[data.Fact, str]], total_tokens: int, windows
 
 def lines(args: argparse.Namespace, evaluation: bool) -> Iterator[tuple[str, str]]:
     """(domain, text) of one file."""
+    times = 1 if evaluation else args.calibration_times
     tokenizer = Tokenizer.from_file(str(HERE / "checkpoint" / "tokenizer.json"))
     draw = random.Random("evaluation" if evaluation else "calibration")
     budget = EVALUATION_TOKENS if evaluation else CALIBRATION_TOKENS
     texts = [t for t in data.collect(args.docs, args.books) if t.held_out == evaluation]
     for domain, folder in (("docs", "docs/"), ("plays", "books/")):
         windows = Windows([t for t in texts if t.name.startswith(folder)], tokenizer, draw)
-        yield from ((domain, text) for text in windows.take(budget[domain]))
+        yield from ((domain, text) for text in windows.take(times * budget[domain]))
         if evaluation:
             size = LONG_TOKENS * LONG_SEQUENCES[domain]
             yield from ((domain, text) for text in windows.take(size, LONG_TOKENS + 128, LONG_TOKENS))
     asked = wordings(data.load_manual(HERE / "manual_qa.jsonl"), evaluation)
-    yield from (("manual", text) for text in conversations(asked, budget["manual"], Windows([], tokenizer, draw)))
+    chats = conversations(asked, times * budget["manual"], Windows([], tokenizer, draw))
+    yield from (("manual", text) for text in chats)
 
 
 def main() -> None:
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True, help="folder with the .rst.txt files")
     parser.add_argument("--books", type=Path, required=True, help="folder with the *_gut.txt files")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--calibration-times", type=int, default=1, metavar="N", help="N times the calibration text")
     args = parser.parse_args()
     for name, evaluation in (("calibration.jsonl", False), ("evaluation.jsonl", True)):
         rows = [json.dumps({"domain": domain, "text": HOSTS.sub("example.org", text)}, ensure_ascii=False)
