@@ -12,7 +12,9 @@ from appliance.model import BLOCK_TOKENS
 # A prefill this long leaves a checkpoint on its way, and again after as much. What was cut off before it comes back by
 # exact replay, 5,632 tokens for V4-Flash whatever this distance; every 16,384 tokens writes 3 % more and hits no more.
 ANCHOR_TOKENS = 65_536
-NEAR_SHARE = 40  # a checkpoint less than 1/40 of its tokens after another is not worth the 3.6 MB it takes
+# A checkpoint takes the bytes of 1,037 tokens' blocks, so one this soon after another is not worth them: what it would
+# save is less than 1/40 of the prompt, and at most 1,024 tokens.
+NEAR_SHARE, NEAR_TOKENS = 40, 1024
 
 
 def whole_blocks(n_tokens: int) -> int:
@@ -57,6 +59,7 @@ def write_points(
 def far_apart(earlier_tokens: int, tokens: int) -> bool:
     """Does a checkpoint after ``tokens`` tokens save enough where there is one after ``earlier_tokens``?
 
-    Of a prompt at most 1/40 is so computed again: measured on traces of agents and chats, benchmarks/kv_trace.py.
+    Of a prompt at most 1/40, and at most 1,024 tokens, is so computed again: measured on traces of agents and chats,
+    benchmarks/kv_trace.py.
     """
-    return (tokens - earlier_tokens) * NEAR_SHARE >= tokens
+    return (tokens - earlier_tokens) * NEAR_SHARE >= min(tokens, NEAR_TOKENS * NEAR_SHARE)
