@@ -22,12 +22,19 @@ from runtime.kv.segment import SegmentRow
 
 TOMBSTONES = 50_000  # of EVICTED and EXPIRED rows the newest so many are kept
 REPLAYS = 50_000
+REPLAY_BYTES = 64 << 20  # of all together: no bound of the segments counts them
 _FIND_AT_ONCE = 500  # below SQLite's smallest limit of host parameters
 
 _COLUMNS = (
     "chain, kind, role, tenant_id, fingerprint_id, end_token, segment, offset, size_bytes, epoch, key_generation, "
     "created_s, used_s, hits, state"
 )
+_TRIM_REPLAYS = """
+DELETE FROM replay WHERE name IN (SELECT name FROM (
+  SELECT name, ROW_NUMBER() OVER newest AS place, SUM(LENGTH(sealed)) OVER newest AS size_bytes FROM replay
+  WINDOW newest AS (ORDER BY used_s DESC, name ROWS UNBOUNDED PRECEDING)
+) WHERE place > ? OR size_bytes > ?)
+"""
 _TYPES = tuple(bytes if i in (0, 3, 4, 9) else int for i in range(15))  # of _COLUMNS
 
 
@@ -246,10 +253,9 @@ class Index:
         rows = list(replays)
         if rows:
             self.connection.executemany("INSERT OR REPLACE INTO replay VALUES (?, ?, ?, ?)", rows)
-            over = self.connection.execute("SELECT COUNT(*) FROM replay").fetchone()[0] - REPLAYS
-            if over > 0:
-                oldest = "SELECT name FROM replay ORDER BY used_s LIMIT ?"
-                self.connection.execute(f"DELETE FROM replay WHERE name IN ({oldest})", (over,))  # noqa: S608
+            count, size_bytes = self.connection.execute("SELECT COUNT(*), SUM(LENGTH(sealed)) FROM replay").fetchone()
+            if count > REPLAYS or size_bytes > REPLAY_BYTES:
+                self.connection.execute(_TRIM_REPLAYS, (REPLAYS, REPLAY_BYTES))
 
     def replays(self, names: Sequence[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}

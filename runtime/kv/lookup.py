@@ -7,6 +7,7 @@ that need it and the next shorter one is tried; one that was moved or removed me
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from runtime.kv.tenants import SHARED
 
 _OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
 _AGAIN = 4  # how often a lookup starts over because records went to another place meanwhile
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})  # not the disk's
 _log = logging.getLogger("solocard.kv")
 
 
@@ -217,7 +219,10 @@ class Lookup:
         return ReadItem(row.segment, self._ground.header(link.keys, row), link.keys.cipher)
 
     def _doubt(self, row: Row, error: Exception) -> None:
-        """A record did not open: it moved or was removed meanwhile, or it is damaged and noted as that."""
+        """A record did not open: it moved or was removed meanwhile, or it is damaged and noted as that.
+
+        What the system refused for want of files or memory is left out of this lookup only.
+        """
         key = row.chain, row.kind
         with self._lock:
             now = self._index.find([row.chain]).get(key)
@@ -225,7 +230,8 @@ class Lookup:
             self._changed = True
             return
         _log.warning("KV record set aside in segment %04d: %s", row.segment, error)
-        self._ground.uses.damaged[key] = row
+        if not isinstance(error, OSError) or error.errno not in _PASSING:
+            self._ground.uses.damaged[key] = row
         self._rows[key] = dataclasses.replace(row, state=State.DAMAGED)
 
     # -- the answer

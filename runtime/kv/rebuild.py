@@ -2,11 +2,14 @@
 
 Sealed segments tell what they hold in their footers; in others the records are walked and each must open. The new
 index is built beside, and takes its name in one rename, so a crash leaves the old state or the new one. What only the
-index knew starts anew: hits, replays, the request log and the names of earlier fingerprints.
+index knew starts anew: hits, replays, the request log and the names of earlier fingerprints; a record counts as used
+at that moment, because nobody knows when it was, and one taken for unused since it was written might have outlived its
+time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sqlite3
@@ -30,7 +33,9 @@ _BESIDE = ("-wal", "-shm")
 _log = logging.getLogger("solocard.kv")
 
 
-def open_index(directory: Path, io: Io, master_key: bytes, tenants: Tenants, segments: Segments) -> Index:
+def open_index(
+    directory: Path, io: Io, master_key: bytes, tenants: Tenants, segments: Segments, now_s: int
+) -> Index:  # fmt: skip
     """The index for writing, made again where it is missing or damaged, and ``segments`` recovered by it.
 
     A cache of an earlier format is removed: it is a cache. Raises StoreError for one of a later format, OSError and
@@ -47,7 +52,7 @@ def open_index(directory: Path, io: Io, master_key: bytes, tenants: Tenants, seg
         if not is_damage(error):
             raise
         _log.warning("%s cannot be read (%s): made again from the segments", path, error)
-        rebuild(directory, io, master_key, tenants)
+        rebuild(directory, io, master_key, tenants, now_s)
     return _open(directory, io, segments)
 
 
@@ -63,7 +68,7 @@ def _open(directory: Path, io: Io, segments: Segments) -> Index:
     return index
 
 
-def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> None:
+def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants, now_s: int) -> None:
     """Make the index again; the old one, if there is one, is kept as ``index.sqlite3.damaged``."""
     begin_s = time.monotonic()
     found, segments = _scan(directory, io, master_key, tenants)
@@ -77,7 +82,7 @@ def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants) -> Non
     index = Index.open(directory, io, name=_DRAFT)
     try:
         index.begin()
-        index.add((row for row, _ in found.values()), segments)
+        index.add((dataclasses.replace(row, used_s=now_s) for row, _ in found.values()), segments)
         index.add_tails((h.parent, h.chain, h.end_token) for _, h in found.values() if h.kind is Kind.TAIL)
         index.commit()
         index.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

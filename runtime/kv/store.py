@@ -81,7 +81,7 @@ class KvStore:
             tenants = Tenants(directory, master_key, io, clock)
             tenants.tidy()
             segments = Segments(directory, io, segment_bytes, master.store)
-            index = open_index(directory, io, master_key, tenants, segments)
+            index = open_index(directory, io, master_key, tenants, segments, int(clock()))
             try:
                 reader = Index.open(directory, io, read_only=True)
             except BaseException:
@@ -152,11 +152,15 @@ class KvStore:
             hashed = {keys.replay_name(name): name for name in names}
             with self._reading:
                 sealed = self._reader.replays(list(hashed))
-            for key, content in sealed.items():
-                found[hashed[key]] = open_replay(keys, key, content)
-                self._ground.uses.replays[key] = int(self._ground.clock())
         except (StoreError, sqlite3.Error) as error:
             _log.warning("KV replays: %s", error)
+            return found
+        for key, content in sealed.items():
+            try:
+                found[hashed[key]] = open_replay(keys, key, content)
+                self._ground.uses.replays[key] = int(self._ground.clock())
+            except StoreError as error:
+                _log.warning("KV replays: %s", error)
         return found
 
     @contextlib.contextmanager
@@ -223,13 +227,14 @@ class KvStore:
 
     def _still_stopped(self) -> bool:
         """A full disk is tried again after a minute; one that failed otherwise after the next start."""
-        if self._stopped and self._ground.clock() >= self._retry_s:
+        waits = self._retry_s - _RETRY_S <= self._ground.clock() < self._retry_s  # no longer, if the clock is set back
+        if self._stopped and self._retry_s < float("inf") and not waits:
             self._stopped = ""
         return bool(self._stopped)
 
     def _sweep(self) -> None:
         now_s = self._ground.clock()
-        if not self._stopped and now_s - self._swept_s >= _SWEEP_S:
+        if not self._stopped and abs(now_s - self._swept_s) >= _SWEEP_S:
             self._swept_s = now_s
             self._ground.write_uses()
             sweep(self._ground, frozenset(self._pins), int(now_s))
@@ -251,6 +256,8 @@ class KvStore:
         self._ground.rollback()
 
     def _stop(self, error: OSError | sqlite3.Error) -> str:
+        if self._stopped and self._retry_s == float("inf"):
+            return self._stopped  # a disk that failed stays left alone, whatever it says next
         reason = files.reason(error)
         self._retry_s = self._ground.clock() + _RETRY_S if reason.startswith(_SPACE) else float("inf")
         self._stopped = reason
@@ -274,12 +281,13 @@ class KvStore:
                 self._reader.close()
                 ground.index.close()
                 ground.segments.close()
-                rebuild(ground.directory, ground.io, self._master_key, ground.tenants)
+                now_s = int(ground.clock())
+                rebuild(ground.directory, ground.io, self._master_key, ground.tenants, now_s)
                 ground.index = open_index(
-                    ground.directory, ground.io, self._master_key, ground.tenants, ground.segments
+                    ground.directory, ground.io, self._master_key, ground.tenants, ground.segments, now_s
                 )
                 self._reader = Index.open(ground.directory, ground.io, read_only=True)
-            ground.index.remember(ground.fingerprint, int(ground.clock()))
+            ground.index.remember(ground.fingerprint, now_s)
         except (OSError, sqlite3.Error, StoreError) as again:
             _log.warning("KV index could not be made again: %s", again)
             return False

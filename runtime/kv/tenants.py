@@ -77,13 +77,15 @@ class Tenants:
     def create(self, name: str) -> TenantKeys:
         """The tenant's keys, made where there are none; a damaged file is replaced, what it opened is lost.
 
-        Raises OSError when the disk refuses.
+        Raises OSError when the disk refuses a new file, StoreError for a file that cannot be read now: it stays.
         """
         path = self.path(name)
         for _ in range(3):  # another process may create or purge between the steps
             try:
                 known = self._load(path)
             except StoreError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise
                 _log.warning("%s; a new secret takes its place", error)
                 self._io.unlink(path)
                 known = None
@@ -159,7 +161,7 @@ class Tenants:
                 self._known.pop(path, None)
             return None
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; the tenant's part of the KV cache needs it") from None
+            raise StoreError(f"{path}: {error.strerror}; the tenant's part of the KV cache needs it") from error
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         with self._lock:
             known = self._known.get(path)
@@ -178,7 +180,7 @@ class Tenants:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; the tenant's part of the KV cache needs it") from None
+            raise StoreError(f"{path}: {error.strerror}; the tenant's part of the KV cache needs it") from error
         if raw and not any(raw):
             return None  # a purge that was cut off after the secret was gone
         if len(raw) < _HEAD.size or raw[:8] != _HEAD.pack(_MAGIC, _VERSION, bytes(12))[:8]:

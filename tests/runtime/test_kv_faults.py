@@ -152,3 +152,49 @@ def test_no_nonce_comes_twice(tmp_path):
         if chat == 4:
             os.truncate(tmp_path / "kv" / "0000.kvs", BLOCK)
     assert len(written) == len(set(written)) > 20
+
+
+@pytest.mark.parametrize(("code", "lost"), [(errno.EMFILE, False), (errno.ENOMEM, False), (errno.EIO, True)])
+def test_want_of_files_or_memory_is_no_damage(tmp_path, code, lost):
+    io = FaultIo(error=OSError(code, os.strerror(code)), only="preadv")
+    store = open_store(tmp_path / "kv", io=io)
+    put(store, 0, 512)
+    io.at = 0
+    assert_miss(store, 0, 600, "corrupt")
+    io.at = 1 << 60
+    for _ in range(2):  # and after a restart
+        if lost:
+            assert_miss(store, 0, 600, "corrupt")
+        else:
+            assert_hit(store, 0, 512)
+        store.close()
+        store = open_store(tmp_path / "kv")
+    store.close()
+
+
+def test_a_clock_that_is_set_back_does_not_lengthen_the_minute(tmp_path):
+    now = [1_000_000.0]
+    io = FaultIo(error=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), only="pwrite")
+    store = open_store(tmp_path / "kv", io=io, clock=lambda: now[0])
+    put(store, 0, 256)
+    io.at = 0
+    assert not put(store, 1, 256).stored
+    io.at = 1 << 60
+    now[0] -= 86_400
+    assert put(store, 1, 256).stored
+    store.close()
+
+
+def test_a_failed_disk_is_not_tried_again_because_it_is_full_too(tmp_path):
+    now = [1_000_000.0]
+    io = FaultIo(error=OSError(errno.EIO, os.strerror(errno.EIO)), only="pwrite")
+    store = open_store(tmp_path / "kv", io=io, clock=lambda: now[0])
+    put(store, 0, 256)
+    io.at = 0
+    failed = put(store, 1, 256)
+    io.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert put(store, 1, 256, tenant="new") == failed  # its file would have been the first
+    io.at = 1 << 60
+    now[0] += 61
+    assert put(store, 1, 256) == failed
+    store.close()

@@ -118,6 +118,19 @@ def test_tombstones_and_replays_are_bounded(index, monkeypatch):
     assert len(index.replays([bytes([3, i]) for i in range(8)])) == 8
 
 
+def test_replays_are_bounded_in_bytes(index, monkeypatch):
+    monkeypatch.setattr(index_module, "REPLAY_BYTES", 1000)
+    for used_s in range(12):
+        index.begin()
+        index.add_replays([(bytes([used_s]), b"t", bytes(300), used_s)])
+        index.commit()
+    assert sorted(index.replays([bytes([i]) for i in range(12)])) == [bytes([i]) for i in (9, 10, 11)]
+    index.begin()
+    index.add_replays([(b"long", b"t", bytes(1001), 20), (b"new", b"t", bytes(300), 21)])
+    index.commit()
+    assert list(index.replays([b"long", b"new", bytes([11])])) == [b"new"]
+
+
 def test_the_ledger_counts_days_and_forgets_months(index):
     for day, written in ((100, 5), (100, 7), (101, 1), (140, 2)):
         index.add_written(day, written)

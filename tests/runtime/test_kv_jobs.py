@@ -143,6 +143,20 @@ def test_ids_of_calls_are_kept_and_read_by_their_tenant_only(tmp_path):
     store.close()
 
 
+def test_a_damaged_replay_is_left_out_alone(tmp_path):
+    store = open_store(tmp_path / "kv")
+    kept = {f"call:{i}": [i, i + 1] for i in range(3)}
+    store.put(PutJob("alice", [], replays=kept))
+    names = store._ground.index.connection.execute("SELECT name FROM replay").fetchall()
+    for name in names:
+        store.put(PutJob("alice", [], replays=kept))
+        store._ground.index.connection.execute("UPDATE replay SET sealed = zeroblob(40) WHERE name = ?", name)
+        found = store.replay_ids("alice", list(kept))
+        assert len(found) == 2
+        assert found.items() <= kept.items()
+    store.close()
+
+
 def test_a_note_is_kept_whatever_becomes_of_the_job(tmp_path):
     store = open_store(tmp_path / "kv", max_bytes=3 * record_bytes(tiny_layout().block_bytes))
     note = Note(1.5, 300, 0, 7, "no-unit")

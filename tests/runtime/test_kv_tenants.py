@@ -27,6 +27,7 @@ from kv_support import (
 )
 
 from appliance.errors import StoreError
+from runtime.kv import tenants as tenants_module
 from runtime.kv.files import Io
 from runtime.kv.record import Role
 from runtime.kv.store import PutJob, Unit
@@ -202,6 +203,30 @@ def test_a_damaged_key_file_is_a_miss_and_no_stack_trace(tmp_path):
         pass
     assert put(store, 0, 512, tenant="alice").stored
     assert_hit(store, 0, 512, tenant="alice")
+    store.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_key_file_that_cannot_be_read_now_keeps_its_secret(tmp_path, monkeypatch, code):
+    store = open_store(tmp_path / "kv")
+    put(store, 0, 512, tenant="alice")
+    put(store, 0, 512, tenant="bob")
+    store.close()
+    path = Tenants(tmp_path / "kv", MASTER_KEY).path("alice")
+    read = tenants_module._read
+
+    def refuse(asked):
+        if asked == path:
+            raise OSError(code, os.strerror(code))
+        return read(asked)
+
+    monkeypatch.setattr(tenants_module, "_read", refuse)
+    store = open_store(tmp_path / "kv")
+    assert not put(store, 1, 512, tenant="alice").stored
+    assert put(store, 1, 512, tenant="bob").stored
+    monkeypatch.undo()
+    assert_hit(store, 0, 512, tenant="alice")
+    assert put(store, 1, 512, tenant="alice").stored
     store.close()
 
 

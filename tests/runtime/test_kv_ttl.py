@@ -166,3 +166,19 @@ def test_another_fingerprint_is_kept_for_a_day(tmp_path, clock):
     store = _open(tmp_path, clock, ttl_s={})
     assert reason(store, prompt(0, 513)) != ""
     store.close()
+
+
+def test_what_is_in_use_outlives_the_loss_of_the_index(tmp_path, clock):
+    store = _open(tmp_path, clock)
+    put(store, 0, 512)
+    for _ in range(3):
+        clock.now_s += TTL[Role.PROMPT] - 1
+        assert_hit(store, 0, 512)
+    store.close()
+    for path in (tmp_path / "kv").glob("index*"):
+        path.unlink()
+    store = _open(tmp_path, clock)
+    assert_hit(store, 0, 512)
+    clock.now_s += TTL[Role.PROMPT] + 1
+    assert reason(store, prompt(0, 513)) == "ttl"
+    store.close()
