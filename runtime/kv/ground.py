@@ -20,6 +20,7 @@ from runtime.kv.index import Index, Row, RowKey, State
 from runtime.kv.keys import TenantKeys
 from runtime.kv.layout import KvLayout
 from runtime.kv.policy import Policy
+from runtime.kv.reading import MAX_RECORD_BYTES
 from runtime.kv.record import HEADER_BYTES, PARENT_BYTES, Kind, RecordHeader, unseal
 from runtime.kv.segment import Segments
 from runtime.kv.tail import tail_bytes
@@ -212,9 +213,11 @@ def read_record(path: Path, row: Row, io: Io) -> tuple[RecordHeader, bytearray]:
     For readers without a layout: length, first token and parent are the header's own word until the tag is checked.
     Raises StoreError where another record stands there, OSError as the system says.
     """
+    if not HEADER_BYTES <= row.size_bytes <= MAX_RECORD_BYTES or row.offset < 0:
+        raise StoreError(f"KV record at {row.offset} of {path.name} is at an impossible place by its index entry")
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        raw = bytearray(max(row.size_bytes, 0))
+        raw = bytearray(row.size_bytes)
         got = io.preadv(fd, memoryview(raw), row.offset)
     finally:
         os.close(fd)

@@ -9,6 +9,7 @@ import sqlite3
 
 import pytest
 from kv_support import (
+    MASTER_KEY,
     FaultIo,
     assert_hit,
     assert_miss,
@@ -24,7 +25,9 @@ from kv_support import (
 )
 
 from runtime.kv.index_file import INDEX_NAME
+from runtime.kv.keys import derive_master
 from runtime.kv.record import HEADER_BYTES, TAG_BYTES, record_bytes
+from runtime.kv.verify import verify
 
 BLOCK = record_bytes(tiny_layout().block_bytes)
 CHECKPOINT = record_bytes(tiny_layout().checkpoint_bytes)
@@ -250,4 +253,15 @@ def test_a_hostile_row_never_breaks_a_lookup(tmp_path, column, value):
     assert mended == (isinstance(value, str) or value == 9)
     not_read_back = column in ("size_bytes", "tenant_id", "fingerprint_id")
     assert (hit.tokens == 512) == (mended or not_read_back)
+    store.close()
+
+
+@pytest.mark.parametrize(("column", "value"), [("size_bytes", 1 << 50), ("size_bytes", -4096), ("offset", -4096)])
+def test_a_place_that_cannot_be_is_damage_and_costs_no_memory(tmp_path, column, value):
+    store = open_store(tmp_path / "kv")
+    put(store, 0, 512)
+    store._ground.index.connection.execute(f"UPDATE record SET {column} = ? WHERE kind = 2", (value,))  # noqa: S608
+    keys = store._ground.tenants.find("default")
+    found = verify(tmp_path / "kv", store._reader, {keys.tenant_id: keys}, derive_master(MASTER_KEY), lambda _: None)
+    assert (found.records, ["impossible" in finding.problem for finding in found.damaged]) == (3, [True])
     store.close()
