@@ -135,7 +135,7 @@ class Metrics:
         with self._lock:
             lines = list(self._lines())
         for name, value in sorted(gauges.items()):
-            lines += [f"# TYPE solocard_{name} gauge", f"solocard_{name} {value:g}"]
+            lines += [f"# TYPE solocard_{name} gauge", f"solocard_{name} {value:.17g}"]
         return "\n".join(lines) + "\n"
 
     def _lines(self) -> Iterator[str]:

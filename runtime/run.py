@@ -162,6 +162,7 @@ class Run:
             token = sampler.choose(self._logits)
             self._ids.append(token)
             step_at_s = self._note_step(step_at_s)
+            request.usage = self._usage()  # for the log, when the client goes away
             if token == eos:
                 return "stop"
             for delta in request.transcript.push(token):

@@ -254,9 +254,10 @@ def test_rates_and_counts(make) -> None:
     answer(scheduler, 300, max_tokens=11)
     prefill, decode = scheduler.metrics.rates()
     assert prefill > decode > 0
-    text = scheduler.metrics.exposition({"requests_running": 0})
+    text = scheduler.metrics.exposition({"requests_running": 0, "kv_max_bytes": 8_589_934_592})
     assert "solocard_prompt_tokens_total 300" in text
     assert "solocard_generation_tokens_total 11" in text
     assert "solocard_inter_token_latency_seconds_count 10" in text
     assert 'solocard_time_to_first_token_seconds_bucket{le="+Inf"} 1' in text
     assert "solocard_requests_running 0" in text
+    assert "solocard_kv_max_bytes 8589934592\n" in text  # every byte of it
