@@ -11,6 +11,7 @@ from pathlib import Path
 
 from appliance.cli_output import Output, size
 from appliance.errors import StoreError, UsageError
+from appliance.journal import Journal
 from appliance.kv_child import run_kv
 from appliance.kv_words import MEANING, ago, miss_reasons, stats_lines
 from appliance.server_link import ServerDownError, read_kv, server_pid
@@ -35,19 +36,25 @@ def verify(args: argparse.Namespace, out: Output) -> int:
     """``solocard kv verify``: every record is read and authenticated; exit code 6 where one is damaged."""
     data = run_kv(args.home, ["verify"], out.progress)
     records, damaged, purged = data["records"], data["damaged"], data["purged_records"]
+    problems = data.get("problems", [])
     lines = [f"{records:,} records opened and authenticated, {size(data['read_bytes'])}, {data['elapsed_s']:.1f} s"]
-    if purged:
+    if purged and problems:
+        lines.append(f"{purged:,} records cannot be opened: of purged tenants, or of the keys named above")
+    elif purged:
         lines.append(f"{purged:,} records of purged tenants cannot be opened, as it should be; they are freed later")
-    if not damaged:
+    if not damaged and not problems:
         out.result("verify", [f"{lines[0]}: all good", *lines[1:]], data)
         return 0
+    if not damaged:
+        out.result("verify", [*problems, *lines], data, ok=False)
+        return StoreError.exit_code
     said = [f"{len(damaged):,} of {records:,} records are damaged: prompts that need them are computed again, nothing "
             "wrong is ever served"]  # fmt: skip
     said += [f"  {d['file']} at byte {d['offset']:,}: {d['problem']}" for d in damaged[:10]]
     said += [f"  and {len(damaged) - 10:,} more (--json lists all)"] if len(damaged) > 10 else []
     said.append("what to do: nothing; a damaged record is set aside at its next use and written anew. If it happens "
                 "again, check the disk (smartctl -a) and the memory")  # fmt: skip
-    out.result("verify", [*said, *lines], data, ok=False)
+    out.result("verify", [*said, *problems, *lines], data, ok=False)
     return StoreError.exit_code
 
 
@@ -57,12 +64,15 @@ def purge(args: argparse.Namespace, out: Output) -> int:
         _ask(_tenant(read_report(args.home), args.tenant))
     data = run_kv(args.home, ["purge", args.tenant], out.progress)
     holds = f"{data['blocks']:,} blocks and {data['checkpoints']:,} checkpoints ({size(data['size_bytes'])})"
+    if data.get("uncounted"):
+        holds = f"what it stored was not counted ({data['uncounted']}) and"
     who = "the next server" if server_pid(args.home) is None else "the running server"
     lines = [
         f"{args.tenant}: key destroyed in {data['elapsed_s'] * 1000:.0f} ms; {holds} can no longer be read",
         f"their bytes still count as used: {who} frees them as it needs room",
         LEFT_ON_DISK,
         f"new prompts of {args.tenant} are stored under a new key",
+        *_journaled(args.home, "kv-purge", tenant=args.tenant, blocks=data["blocks"], checkpoints=data["checkpoints"]),
     ]
     out.result("purge", lines, data)
     return 0
@@ -85,8 +95,21 @@ def share(args: argparse.Namespace, out: Output) -> int:
     """``solocard kv share FILE``: approve a system prompt whose cache all tenants may use."""
     wanted = ["share", str(args.file.absolute())] + (["--remove"] if args.remove else [])
     data = run_kv(args.home, wanted, out.progress)
-    out.result("share", [str(line) for line in data.get("lines", [])], data)
+    lines = [str(line) for line in data.get("lines", [])]
+    lines += _journaled(
+        args.home, "kv-share", file=str(args.file), characters=data.get("characters"), removed=args.remove
+    )
+    out.result("share", lines, data)
     return 0
+
+
+def _journaled(home: Path, event: str, **details: object) -> list[str]:
+    """One line in the journal; where that fails, a sentence: what was done stays done, a full disk or not."""
+    try:
+        Journal(home).append(event, **details)
+    except StoreError as error:
+        return [f"this is not in the journal: {str(error).partition(';')[0]}"]
+    return []
 
 
 def read_report(home: Path) -> KvReport:

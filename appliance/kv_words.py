@@ -19,6 +19,7 @@ MEANING = {
     "policy": "the cache is off or may not write; see `writes` above and kv.enabled in config.yaml",
 }
 REMEDY = {  # what a reason to stop writing contains → what to do; the first that fits
+    "not opened": "nothing is read either; mend that, then restart the server",
     "kv.daily_write_bytes": "wait until then, or raise kv.daily_write_bytes in config.yaml and restart the server",
     "kv.min_free_bytes": "free disk space; stored prompts are still read",
     "quota": "raise kv.max_bytes in config.yaml and restart the server",

@@ -51,6 +51,7 @@ def _stats(args: argparse.Namespace, where: Path) -> dict[str, Any]:
 def _verify(args: argparse.Namespace, where: Path) -> dict[str, Any]:
     started_s = time.monotonic()
     tenants, result = open_tenants(where), Verified()
+    problems = [info.damaged for info in (tenants.all() if tenants else []) if info.damaged]
     with open_index(where) as index:
         if index and tenants:
             keys = {info.tenant_id: found for info in tenants.all() if (found := tenants.find(info.name))}
@@ -60,7 +61,7 @@ def _verify(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         elif index:
             raise StoreError(f"{where / KV_MASTER_KEY} is not there and nothing in {where / KV_DIRECTORY} opens "
                              "without it; restore it, or delete that folder")  # fmt: skip
-    return dataclasses.asdict(result) | {"elapsed_s": round(time.monotonic() - started_s, 3)}
+    return dataclasses.asdict(result) | {"problems": problems, "elapsed_s": round(time.monotonic() - started_s, 3)}
 
 
 def _purge(args: argparse.Namespace, where: Path) -> dict[str, Any]:
@@ -72,12 +73,15 @@ def _purge(args: argparse.Namespace, where: Path) -> dict[str, Any]:
         known = ", ".join(info.name for info in infos if not info.damaged) or "none"
         raise UsageError(f"no tenant {args.tenant!r} has a key in {where / KV_DIRECTORY}; there are: {known}")
     elapsed_s = round(time.monotonic() - started_s, 4)
-    held = KvTenant()
-    with open_index(where) as index:
-        if index:
-            ids = [info.tenant_id for info in infos if info.name == args.tenant and not info.damaged]
-            held = next((h for i, h in read_held(index.connection).tenants.items() if i in ids), held)
-    return dataclasses.asdict(held) | {"name": args.tenant, "elapsed_s": elapsed_s}
+    held, uncounted = KvTenant(), ""
+    try:
+        with open_index(where) as index:
+            if index:
+                ids = [info.tenant_id for info in infos if info.name == args.tenant and not info.damaged]
+                held = next((h for i, h in read_held(index.connection).tenants.items() if i in ids), held)
+    except StoreError as error:  # the key is gone all the same, and whoever asked must hear that
+        uncounted = str(error)
+    return dataclasses.asdict(held) | {"name": args.tenant, "elapsed_s": elapsed_s, "uncounted": uncounted}
 
 
 def _destroy(tenants: Tenants, name: str, where: Path) -> bool:
@@ -91,6 +95,8 @@ def _export_trace(args: argparse.Namespace, where: Path) -> dict[str, Any]:
     """Written beside and renamed: a file of that name is whole or not there."""
     if args.out.exists():
         raise UsageError(f"{args.out} is there already; name a file that is not")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"{args.out.parent} is no folder; make it, or name a file elsewhere")
     since_s = time.time() - seconds(args.since) if args.since else 0.0
     draft, count, blocks = args.out.with_name(args.out.name + ".partial"), 0, -1
     tenants = open_tenants(where)

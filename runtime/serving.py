@@ -17,9 +17,11 @@ from pathlib import Path
 from appliance.bundle import VerifiedBundle
 from appliance.config import Config, KvConfig
 from appliance.errors import EngineError, StoreError
+from appliance.wire import KvStatus
 from runtime import bits
 from runtime.engine import Engine
 from runtime.kv.approvals import APPROVALS, Approvals
+from runtime.kv.contents import configured
 from runtime.kv.fingerprint import Fingerprint, fingerprint
 from runtime.kv.keys import load_master_key
 from runtime.kv.policy import HOUR_S, Policy
@@ -46,7 +48,7 @@ def serve_current(home: Path, *, profile: str | None = None) -> int:
         bundle, profile=profile, threads=config.engine.threads, context_tokens=config.engine.context_tokens
     )  # fmt: skip
     engine.reuse_mixed = bits.rows_agree(engine)
-    store = open_store(home, bundle, engine, config)
+    store, without_kv = open_store(home, bundle, engine, config)
     notes = describe(engine)
     _say(f"{engine.backend.description}; ready in {time.monotonic() - started_s:.1f} s; {notes[0]}")
     keys = KeyFolder(home / "keys")
@@ -56,7 +58,7 @@ def serve_current(home: Path, *, profile: str | None = None) -> int:
         device=engine.backend.device,
         arithmetic=dataclasses.asdict(engine.backend.arithmetic), notes=notes, reuse_mixed=engine.reuse_mixed,
         is_approved=approved_texts(home) if store else lambda text: False,
-        close=store.close if store else lambda: None,
+        close=store.close if store else lambda: None, without_kv=without_kv,
     )  # fmt: skip
 
 
@@ -85,17 +87,19 @@ def describe(engine: Engine) -> tuple[str, ...]:
     return (reuse, "runs on the CPU; Atlas cards: unverified on hardware")
 
 
-def open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore | None:
+def open_store(
+    home: Path, bundle: VerifiedBundle, engine: Engine, config: Config
+) -> tuple[KvStore | None, KvStatus | None]:
     """The KV store of this home, rooted in what the bundle computes; ``kv.enabled: false`` stores nothing.
 
-    None when it cannot be opened: answers do not need it, so the server goes on and says why. BusyError still ends
-    the start: another server has this home.
+    None when it cannot be opened, and a status with the reason: answers do not need it, so the server goes on and
+    says why. BusyError still ends the start: another server has this home.
     """
     try:
-        return _open_store(home, bundle, engine, config)
+        return _open_store(home, bundle, engine, config), None
     except StoreError as error:
         _say(f"serving without the KV cache: {error}")
-        return None
+        return None, dataclasses.replace(configured(config.kv), writing=False, reason=f"not opened: {error}")
 
 
 def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:

@@ -33,9 +33,11 @@ def open_tenants(home: Path) -> Tenants | None:
 
 @contextlib.contextmanager
 def open_index(home: Path) -> Iterator[Index | None]:
-    """The index, read-only; None where nothing was stored yet. StoreError where it cannot be read."""
+    """The index, read-only; None where nothing was stored yet. StoreError where it is lost or cannot be read."""
     directory = home / KV_DIRECTORY
     if not (directory / INDEX_NAME).exists():
+        if any(directory.glob("*.kvs")):
+            raise StoreError(f"{directory / INDEX_NAME} is missing; a server makes it anew when it starts")
         yield None
         return
     index = None
@@ -77,6 +79,7 @@ def read_report(home: Path, status: KvStatus, *, live: bool) -> KvReport:
     except (StoreError, OSError) as error:
         problems.append(str(error))
     problems += [info.damaged for info in infos if info.damaged]
+    report = replace(report, tenants=tuple(KvTenant(info.name) for info in infos if not info.damaged))
     try:
         with open_index(home) as index:
             if index:

@@ -111,7 +111,7 @@ class KvStore:
         """
         hit = self._lookup(tenant, ids, sink, replay_tokens, tails, shared_tokens)
         with self._counting:
-            self._counts.update(lookups=1, hits=hit.tokens > 0, replays=hit.replay, hit_tokens=hit.tokens,
+            self._counts.update(lookups=1, hits=int(hit.tokens > 0), replays=int(hit.replay), hit_tokens=hit.tokens,
                                 miss_tokens=len(ids) - hit.tokens)  # fmt: skip
             if hit.reason == "corrupt" or (hit.reason and not hit.tokens):
                 name = hit.reason.partition(":")[0]

@@ -51,10 +51,10 @@ def build_service(
     config: Config, engine: EngineLike[Any], tokenizer: Tokenizer, kv: KvLike | None, *, verify: KeyCheck,
     bundle_id: str, backend_description: str, profile: str = FULL, device: str = "CPU",
     arithmetic: Mapping[str, Any] | None = None, notes: tuple[str, ...] = (), reuse_mixed: bool = False,
-    is_approved: Callable[[str], bool] = lambda text: False,
+    is_approved: Callable[[str], bool] = lambda text: False, without_kv: KvStatus | None = None,
 ) -> Service:  # fmt: skip
     """The parts, checked against each other. Raises UsageError for an unknown dialect, EngineError for a tokenizer
-    that lacks the dialect's control tokens."""
+    that lacks the dialect's control tokens. ``without_kv`` is what is said of the KV cache where ``kv`` is None."""
     spec = engine.spec
     check_tokenizer(tokenizer, spec.config.eos_token_id)
     info = ServerInfo(
@@ -65,7 +65,8 @@ def build_service(
         engine, kv, queue_depth=config.server.queue_depth, reuse_mixed=reuse_mixed, exact_tails=config.kv.exact_tails
     )  # fmt: skip
     return Service(
-        info, tokenizer, dialect(spec.encoding), scheduler, verify, kv.status if kv is not None else KvStatus,
+        info, tokenizer, dialect(spec.encoding), scheduler, verify,
+        kv.status if kv is not None else lambda: without_kv or KvStatus(),
         Limits(max_body_bytes=config.server.max_body_bytes), config.generation.max_tokens_default,
         kv.replay_ids if kv is not None else lambda tenant, names: {}, is_approved,
     )  # fmt: skip

@@ -107,6 +107,7 @@ def test_stats_in_words(home):
             True,
             REMEDY["kv.min_free_bytes"],
         ),
+        ({"enabled": True, "writing": False, "reason": "not opened: kv: EIO"}, True, REMEDY["not opened"]),
         ({"enabled": True, "writing": False, "reason": "new in 2031"}, True, "stored prompts are still read"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from kv_support import MASTER_KEY, look_up, open_store, prompt, put, put_tail, tiny_layout
 
 from appliance import cli
+from appliance.journal import Journal
 from appliance.trial import child_command, child_environment
 from appliance.wire import KvReport, KvTenant, Progress
 from runtime.__main__ import main
@@ -112,8 +113,10 @@ def test_stats_beside_an_open_store_and_after_it(ask, store, home, closed):
 
 
 def test_the_stores_own_count_agrees(ask, store):
+    look_up(store, prompt(9, 300))
     report = KvReport.from_dict(ask("stats"))
     own = store.status()
+    assert [type(count) for count in (own.lookups, own.hits, own.replays)] == [int] * 3
     same = ("used_bytes", "blocks", "checkpoints", "segments", "written_today_bytes")
     assert {name: getattr(report.status, name) for name in same} == {name: getattr(own, name) for name in same}
 
@@ -133,12 +136,23 @@ def test_damaged_parts_are_sentences_not_stack_traces(ask, store, home, capsys):
     (home / "kv/index.sqlite3").write_bytes(b"no database" * 1000)
     report = KvReport.from_dict(ask("stats"))
     assert "index.sqlite3 cannot be read" in report.problems[0]
-    assert [tenant.name for tenant in report.tenants] == []
+    assert [tenant.name for tenant in report.tenants] == ["default", "team-b", "team-c"]  # their keys are there
     code, said = refused(capsys, "verify")
     assert (code, "makes it anew when it starts" in said) == (6, True)
     (home / "keys/kv-master").chmod(0o644)
     assert "chmod 600" in KvReport.from_dict(ask("stats")).problems[0]
     assert refused(capsys, "verify")[0] == 6
+
+
+def test_a_lost_index_beside_segments_is_not_an_empty_cache(ask, store, home, capsys):
+    store.close()
+    for path in (home / "kv").glob("index.sqlite3*"):
+        path.unlink()
+    report = KvReport.from_dict(ask("stats"))
+    assert "index.sqlite3 is missing" in report.problems[0]
+    assert [tenant.name for tenant in report.tenants] == ["default", "team-b", "team-c"]
+    code, said = refused(capsys, "verify")
+    assert (code, "index.sqlite3 is missing; a server makes it anew" in said) == (6, True)
 
 
 def test_an_index_that_cannot_be_opened_now_is_not_called_damaged(ask, home, monkeypatch):
@@ -226,6 +240,16 @@ def test_solocard_ends_with_6_and_says_what_it_means(store, home, capsys):
     assert "0000.kvs at byte 0" in said
 
 
+def test_another_master_key_is_not_called_purged(store, home, capsys):
+    store.close()
+    (home / "keys/kv-master").write_bytes(bytes(32))
+    assert cli.main(["kv", "verify"]) == 6
+    said = capsys.readouterr().out
+    assert "does not open with keys/kv-master" in said
+    assert "all good" not in said
+    assert "as it should be" not in said
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -247,6 +271,18 @@ def test_a_purge_counts_at_once_for_a_store_that_is_open(ask, store, home):
     assert report.purged_bytes == BLOCK_BYTES + UNIT_BYTES
     found = ask("verify")
     assert (found["records"], found["purged_records"], found["damaged"]) == (10, 2, [])
+
+
+def test_a_purge_beside_a_damaged_index_says_that_it_was_done(store, home, capsys):
+    store.close()
+    (home / "kv/index.sqlite3").write_bytes(b"no database" * 1000)
+    assert cli.main(["kv", "purge", "team-b", "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert "team-b: key destroyed" in said
+    assert "what it stored was not counted" in said
+    assert len(list((home / "kv/tenants").iterdir())) == 2
+    (line,) = Journal(home).read()
+    assert (line["event"], line["tenant"]) == ("kv-purge", "team-b")
 
 
 def test_a_tenant_of_that_name_starts_empty_again(ask, store):
@@ -316,7 +352,8 @@ def test_a_trace_overwrites_nothing(ask, store, tmp_path, capsys):
     out.write_text("mine")
     code, said = refused(capsys, "export-trace", str(out))
     assert (code, "is there already" in said, out.read_text()) == (2, True, "mine")
-    assert refused(capsys, "export-trace", str(tmp_path / "none/trace"))[0] == 6
+    code, said = refused(capsys, "export-trace", str(tmp_path / "none/trace"))
+    assert (code, "none is no folder" in said) == (2, True)
 
 
 def test_an_empty_log_is_an_empty_file(ask, home, tmp_path):
