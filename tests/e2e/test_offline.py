@@ -132,7 +132,7 @@ def test_neither_the_prompt_s_ids_nor_the_answer_are_in_the_cache(traced: Traced
     [tokenizer] = (traced.machine.home / "models").glob("*.tokenizer.json")
     ids = Tokenizer.from_file(tokenizer).encode_text(MARKER)[1:-1][:8]
     forms = [struct.pack(f"<{len(ids)}{code}", *ids) for code in "HIQ"] + [json.dumps(ids)[1:-1].encode()]
-    stored = b"".join(path.read_bytes() for path in (traced.machine.home / "kv").iterdir())
+    stored = b"".join(path.read_bytes() for path in (traced.machine.home / "kv").rglob("*") if path.is_file())
     assert len(ids) >= 6
     assert [form for form in forms if form in stored] == []
     assert traced.cold.text.encode() not in stored

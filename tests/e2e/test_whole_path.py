@@ -236,7 +236,7 @@ def test_an_update_changes_the_running_server(story: Story) -> None:
 def test_another_model_never_reads_the_old_one_s_cache(story: Story) -> None:
     first, again = story.answers["updated"], story.answers["updated again"]
     assert first.hit == 0
-    assert story.reasons["updated"] == "fingerprint: graphs, objects"
+    assert story.reasons["updated"] == "fingerprint:graphs,objects"  # one word in the log line
     assert again.hit == boundary(again.prompt)
     assert first.said == again.said != story.answers["cold"].said
 
