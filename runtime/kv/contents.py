@@ -73,11 +73,13 @@ def read_report(home: Path, status: KvStatus, *, live: bool) -> KvReport:
     report = KvReport(status=status, live=live, free_bytes=_free_bytes(home))
     problems: list[str] = []
     infos: list[TenantInfo] = []
+    keyless = False
     try:
         tenants = open_tenants(home)
         infos = tenants.all() if tenants else []
     except (StoreError, OSError) as error:
         problems.append(str(error))
+        keyless = True
     problems += [info.damaged for info in infos if info.damaged]
     report = replace(report, tenants=tuple(KvTenant(info.name) for info in infos if not info.damaged))
     try:
@@ -86,6 +88,8 @@ def read_report(home: Path, status: KvStatus, *, live: bool) -> KvReport:
                 report = _filled(report, index, [info for info in infos if not info.damaged])
     except StoreError as error:
         problems.append(str(error))
+    if keyless:  # whose the records are cannot be told, so not that they are nobody's
+        report = replace(report, purged_bytes=0)
     return replace(report, problems=(*report.problems, *problems))
 
 

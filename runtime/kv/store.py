@@ -218,7 +218,8 @@ class KvStore:
             refusal = writing.store(kept)
             if refusal and len(jobs) > 1:
                 return [result for job in jobs for result in self._put([job])]
-            self._refused = refusal
+            if refusal or any(plan.drafts for plan in kept):  # a request's note alone tells nothing of the room
+                self._refused = refusal
             self._kinds = None
         results = [_result(plan, refusal) for plan in plans]
         told = zip(plans, results, strict=True)

@@ -161,6 +161,14 @@ def test_an_index_that_cannot_be_opened_now_is_not_called_damaged(ask, home, mon
     assert "cannot be opened now" in KvReport.from_dict(ask("stats")).problems[0]
 
 
+def test_a_master_key_that_cannot_be_used_purges_nobody(ask, store, home):
+    store.close()
+    (home / "keys/kv-master").chmod(0o644)
+    report = KvReport.from_dict(ask("stats"))
+    assert (report.status.blocks, report.purged_bytes) == (8, 0)
+    assert "chmod 600" in report.problems[0]
+
+
 def test_a_damaged_key_file_is_a_note_and_the_others_are_read(ask, store, home):
     store.close()
     path = store._ground.tenants.path("team-b")

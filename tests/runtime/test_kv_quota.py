@@ -8,7 +8,7 @@ import random
 import pytest
 from kv_support import FaultIo, assert_hit, disk_bytes, job, look_up, open_store, prompt, put, reason
 
-from runtime.kv.job import PutJob
+from runtime.kv.job import Note, PutJob
 from runtime.kv.policy import DAY_S, Policy
 from runtime.kv.record import Role
 
@@ -144,6 +144,8 @@ def test_a_day_has_its_bytes(tmp_path, clock):
         stored += 1
     refused = put(store, 50, 512)
     assert refused.reason == f"policy: kv.daily_write_bytes = {SEGMENT} is used up until 00:00 UTC"
+    assert store.put(PutJob("default", prompt(50, 600), note=Note(START_S, 600, 0, 1, "no-unit"))).stored
+    assert (store.status().writing, store.status().reason) == (False, refused.reason)  # the note changed nothing
     written = store.status().written_today_bytes
     assert SEGMENT * 3 / 4 < written <= SEGMENT
     for chat in range(stored):
@@ -155,6 +157,7 @@ def test_a_day_has_its_bytes(tmp_path, clock):
     assert not put(store, 50, 512).stored
     clock.now_s = START_S + DAY_S
     assert put(store, 50, 512).stored
+    assert store.status().writing
     assert store.status().written_today_bytes < written
     store.close()
 
