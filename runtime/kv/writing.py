@@ -126,7 +126,7 @@ class Writing:
         rows = {key: ground.uses.seen(row) for key, row in ground.index.find([*names, *tail[:1]]).items()}
         self._plan_blocks(plan, links, rows)
         self._plan_units(plan, links, rows, shared_count)
-        if tail:
+        if tail and not plan.reason:
             self._plan_tail(plan, links, rows, *tail)
         for draft in plan.drafts:
             self._planned.add((draft.header.chain, draft.header.kind))

@@ -65,6 +65,18 @@ def test_a_unit_without_its_blocks_is_refused(tmp_path):
     store.close()
 
 
+def test_a_refused_jobs_tail_does_not_count_as_planned(tmp_path):
+    store = open_store(tmp_path / "kv")
+    put(store, 0, 256)
+    ids = prompt(0, 512)
+    tail = TailUnit(ids[:300], tail_payload(0, 300))
+    without_its_block = PutJob("default", ids, units=[Unit(512, Role.PROMPT, checkpoint_payload(0, 512))], tail=tail)
+    results = store.put_all([without_its_block, PutJob("default", ids[:300], tail=tail)])
+    assert [(result.stored, result.reason) for result in results] == [(False, "evicted"), (True, "")]
+    assert look_up(store, ids, tails=True)[0].tail == tail.payload
+    store.close()
+
+
 def test_an_exact_tail_is_found_by_its_ids(tmp_path):
     for restart in (False, True):
         store = open_store(tmp_path / "kv")
