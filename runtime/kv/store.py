@@ -207,10 +207,11 @@ class KvStore:
     def _put(self, jobs: Sequence[PutJob]) -> list[PutResult]:
         """A group there is no room for as a whole is tried job by job."""
         ground, now_s = self._ground, int(self._ground.clock())
-        writing = Writing(ground, now_s, frozenset(self._pins))
+        stopped = self._stopped if self._still_stopped() else ""
+        writing = Writing(ground, now_s, frozenset(self._pins), stopped)
         plans = [writing.plan(job) for job in jobs]
-        if self._still_stopped():
-            return [_result(plan, self._stopped) for plan in plans]
+        if stopped:
+            return [_result(plan, stopped) for plan in plans]
         kept = [plan for plan in plans if isinstance(plan, Plan) and not plan.reason]
         off = ground.policy.max_bytes <= 0 and any(plan.drafts for plan in kept)
         refusal = "policy: the KV cache is switched off" if off else ""
@@ -347,4 +348,3 @@ def _result(plan: Plan | PutResult, refusal: str) -> PutResult:
         return plan
     why = plan.reason or (refusal if plan.drafts or plan.job.replays else "")
     return PutResult(False, why) if why else PutResult(True, "", len(plan.drafts), plan.need_bytes)
-

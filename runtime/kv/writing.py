@@ -55,15 +55,17 @@ class Plan:
 
 
 class Writing:
-    """One group of jobs under the store's write lock."""
+    """One group of jobs under the store's write lock. ``stopped``: why nothing may be written, empty where it may."""
 
-    def __init__(self, ground: Ground, now_s: int, pinned: Set[bytes]) -> None:
-        self._ground, self._now_s, self._pinned = ground, now_s, pinned
+    def __init__(self, ground: Ground, now_s: int, pinned: Set[bytes], stopped: str = "") -> None:
+        self._ground, self._now_s, self._pinned, self._stopped = ground, now_s, pinned, stopped
         self._planned: set[RowKey] = set()
 
     def plan(self, job: PutJob) -> Plan | PutResult:
         """Raises sqlite3.Error and OSError (a tenant's new file); a wrong call is a refusal."""
         try:
+            if self._stopped and not self._has_keys(job):
+                return PutResult(False, self._stopped)
             return self._plan(job)
         except SolocardError as error:
             _log.warning("KV job refused: %s", error)
@@ -110,6 +112,11 @@ class Writing:
         self._ground.index.commit()
 
     # -- planning
+
+    def _has_keys(self, job: PutJob) -> bool:
+        """Are the job's tenants there, so that planning makes no file?"""
+        names = [job.tenant, SHARED] if job.shared_tokens else [job.tenant]
+        return all(self._ground.tenants.find(name) for name in names)
 
     def _plan(self, job: PutJob) -> Plan:
         ground = self._ground

@@ -154,6 +154,27 @@ def test_no_nonce_comes_twice(tmp_path):
     assert len(written) == len(set(written)) > 20
 
 
+@pytest.mark.parametrize("name", ["pwrite", "fdatasync", "commit"])
+def test_no_nonce_comes_twice_where_a_full_disk_cut_a_group_off(tmp_path, name):
+    """The same store goes on at the same places: what it had written there was under another epoch."""
+    now = [1_000_000.0]
+    io = NonceIo(error=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), only=name)
+    io.written = []
+    store = open_store(tmp_path / "kv", io=io, clock=lambda: now[0])
+    put(store, 0, 512)
+    for chat in range(1, 4):
+        before = disk_bytes(tmp_path / "kv")
+        io.at = len(io.calls) + (name == "pwrite")  # its second record is torn
+        assert not put(store, chat, 256).stored
+        io.at = 1 << 60
+        assert disk_bytes(tmp_path / "kv") == before
+        now[0] += 61
+        assert put(store, 10 + chat, 256).stored
+    assert_hit(store, 13, 256)
+    assert len(io.written) == len(set(io.written)) > 10
+    store.close()
+
+
 @pytest.mark.parametrize(("code", "lost"), [(errno.EMFILE, False), (errno.ENOMEM, False), (errno.EIO, True)])
 def test_want_of_files_or_memory_is_no_damage(tmp_path, code, lost):
     io = FaultIo(error=OSError(code, os.strerror(code)), only="preadv")
@@ -192,8 +213,9 @@ def test_a_failed_disk_is_not_tried_again_because_it_is_full_too(tmp_path):
     put(store, 0, 256)
     io.at = 0
     failed = put(store, 1, 256)
-    io.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    io.error, calls = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), len(io.calls)
     assert put(store, 1, 256, tenant="new") == failed  # its file would have been the first
+    assert len(io.calls) == calls
     io.at = 1 << 60
     now[0] += 61
     assert put(store, 1, 256) == failed
