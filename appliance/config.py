@@ -121,6 +121,7 @@ class Config:
             section = _SECTIONS.get(name)
             if section is None:
                 raise UsageError(f"{path}: unknown key {name!r}; known are {', '.join(_SECTIONS)}")
+            values = {} if values is None else values  # every line below it is a comment
             if not isinstance(values, dict):
                 raise UsageError(f"{path}: {name} holds settings, one per line below it; found {values!r}")
             sections[name] = _section(section, name, values, path)

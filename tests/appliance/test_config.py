@@ -37,7 +37,9 @@ def test_a_file_changes_what_it_names_and_says_so(tmp_path):
     assert len(rows) == 18
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "server:\n  host: ::1\n", "server: {host: localhost}\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "kv:\n  # nothing\n", "server:\n  host: ::1\n", "server: {host: localhost}\n"]
+)
 def test_accepted(text):
     assert Config.from_bytes(text.encode(), PATH).server.port == 8017
 
