@@ -261,7 +261,7 @@ def test_words_for_the_title_and_the_meters() -> None:
     assert meters(KvReport(), EN)["#cache-today"] == (0.0, "0 B written, no limit")
     assert hits(KvReport(), EN) == (0.0, EN.cache_none_logged)
     counted = KvReport(status=KvStatus(hit_tokens=3, miss_tokens=1))
-    assert hits(counted, EN) == (0.75, "75 %  3 of 4 tokens")
+    assert hits(counted, EN) == (0.75, "75 %  3 of 4 tokens since start")
 
 
 def test_the_moment_of_a_miss_is_that_of_the_log() -> None:
