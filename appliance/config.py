@@ -65,6 +65,7 @@ class KvConfig:
     daily_write_bytes: int = _setting(0, "bytes", "most it writes in a day (UTC); 0: no limit", 0, 1 << 50)
     ttl_hours: int = _setting(72, "h", "how long an unused prompt is kept", 1, 87_600)
     answer_ttl_hours: int = _setting(24, "h", "how long an unused end of an answer is kept", 1, 87_600)
+    replay_answers: bool = _setting(False, "", "take an earlier answer that is sent back as it was sampled")
     exact_tails: bool = _setting(False, "", "keep the exact end of every answer, not only of those a stop cuts short")
 
 

@@ -25,7 +25,8 @@ from runtime.kv.contents import configured
 from runtime.kv.fingerprint import Fingerprint, fingerprint
 from runtime.kv.keys import load_master_key
 from runtime.kv.policy import HOUR_S, Policy
-from runtime.kv.record import Role
+from runtime.kv.record import ALIGN_BYTES, Role
+from runtime.kv.segment import SEGMENT_BYTES
 from runtime.kv.store import KvStore
 from runtime.load import load_engine
 from runtime.server.keys import KeyFolder
@@ -106,7 +107,13 @@ def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Conf
     return KvStore.open(
         home / "kv", layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
         master_key=load_master_key(home / KV_MASTER_KEY), policy=kv_policy(config.kv),
+        segment_bytes=segment_bytes(config.kv.max_bytes),
     )  # fmt: skip
+
+
+def segment_bytes(max_bytes: int) -> int:
+    """How long a segment may get: room is made by whole ones, so a small cache has smaller ones, eight at least."""
+    return min(SEGMENT_BYTES, max_bytes // 8 // ALIGN_BYTES * ALIGN_BYTES)
 
 
 def kv_policy(config: KvConfig) -> Policy:

@@ -25,7 +25,7 @@ class Client:
         ids = list(range(2, 258)) * 20
         params = {"temperature": 0.0, "max_tokens": 4} | params
         sampling = SamplingParams(**params)
-        transcript = Transcript(tokenizer(), thinking=False, stop=sampling.stop)
+        transcript = Transcript(tokenizer(), thinking=False, stop=sampling.stop, replayed=True)
         prompt = ids[:tokens] if isinstance(tokens, int) else tokens
         return Request(name, prompt, sampling, transcript, self.events.put, tenant)
 

@@ -41,7 +41,7 @@ class LiveServer:
     def __init__(self, home: Path, engine: FakeEngine, kv: FakeKv | None = None, **options: Any) -> None:
         self.home, self.engine = home, engine
         limits, server = options.pop("limits", {}), options.pop("server", {})
-        self.config = toy_config(**server)
+        self.config = options.pop("config", None) or toy_config(**server)
         self.service = build_service(
             self.config, engine, tokenizer(), kv, verify={KEY: Caller(KEY_NAME)}.get, bundle_id=BUNDLE_ID,
             backend_description="toy", arithmetic={"backend": "toy"}, notes=("unverified on hardware",), **options,

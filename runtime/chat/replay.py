@@ -42,10 +42,14 @@ def replays_of_calls(call_ids: Sequence[str], tokens: Sequence[int], end_id: int
 
 
 class Replays:
-    """The encoder's seam: ``names`` collects what a prompt could use, ``ids`` answers once they were looked up."""
+    """The encoder's seam: ``names`` collects what a prompt could use, ``ids`` answers once they were looked up.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Without ``texts`` only tool calls are: their ids name one sampled answer. A text may be sent back by anyone, and
+    what its tokens are would then depend on what the cache still has.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, texts: bool = True) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
         self._found: Mapping[str, Sequence[int]] = {}
         self.names: list[str] = []
 
@@ -56,7 +60,7 @@ class Replays:
 
     def collect(self, message: Message, segments: Sequence[Segment], reasoning: bool) -> None:
         """First pass: remember the name of an assistant message."""
-        name = _name(message, segments)
+        name = _name(message, segments) if self._texts or message.tool_calls else ""
         if name:
             self.names.append(name)
 

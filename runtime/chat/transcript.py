@@ -19,8 +19,10 @@ class Transcript:
     (the tool markup), and swallowed otherwise.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = (), replayed: bool = False
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._replayed = tokenizer, replayed
         self._text = TextStream(tokenizer)
         self._splitter = ReasoningSplitter(thinking=thinking)
         self._scanner = StopScanner(stop)
@@ -57,7 +59,12 @@ class Transcript:
         return [*deltas, *self._noted([Delta("content", rest)] if rest else [])]
 
     def replays(self, tokens: Sequence[int]) -> Mapping[str, Sequence[int]]:
-        """What to keep so that this answer of ``tokens``, sent back as it was shown, gives the same ids again."""
+        """What to keep so that this answer of ``tokens``, sent back as it was shown, gives the same ids again.
+
+        Nothing unless ``replayed``.
+        """
+        if not self._replayed:
+            return {}
         reasoning, content = "".join(self._said["reasoning"]), "".join(self._said["content"])
         return replays_of(
             self._tokenizer, tokens, reasoning=reasoning if self._thinking else None, content=content,

@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import os
 import secrets
-from collections.abc import Iterable
+import sqlite3
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -84,11 +85,13 @@ class Segments:
     def recover(self, indexed: Iterable[SegmentRow]) -> list[SegmentRow]:
         """Cut each file to its indexed end, remove files the index does not know; returns the rows that got shorter.
 
-        A row with a smaller end than the indexed one means that the file is shorter than it must be.
+        A row with a smaller end than the indexed one means that the file is shorter than it must be. Raises
+        sqlite3.DatabaseError, nothing cut or removed, for an index that no crash leaves: it is damaged.
         """
         known, short = {segment_name(row.number): row for row in indexed}, []
         with os.scandir(self._directory) as entries:  # 90 GB are 350 files: pathlib would take longer than SQLite
             files = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".kvs")}
+        _check_sealed(known, files)
         self._accepted.clear()
         for name, size_bytes in files.items():
             row = known.pop(name, None)
@@ -238,6 +241,15 @@ class Segments:
         """Close the append files; the next record opens them with a fresh epoch."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _check_sealed(known: Mapping[str, SegmentRow], files: Mapping[str, int]) -> None:
+    """A sealed file is never appended to, and a file is made before its row and removed after it."""
+    for name, row in known.items():
+        if row.sealed and files.get(name, 0) > row.end_bytes:
+            raise sqlite3.DatabaseError(f"{name} is sealed and longer than its row says ({row.end_bytes} bytes)")
+    if known.keys() - files.keys() and files.keys() - known.keys():
+        raise sqlite3.DatabaseError("segments without a row beside rows without a segment")
 
 
 def segment_name(number: int) -> str:

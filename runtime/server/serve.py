@@ -68,7 +68,7 @@ def build_service(
         info, tokenizer, dialect(spec.encoding), scheduler, verify,
         kv.status if kv is not None else lambda: without_kv or KvStatus(),
         Limits(max_body_bytes=config.server.max_body_bytes), config.generation.max_tokens_default,
-        kv.replay_ids if kv is not None else lambda tenant, names: {}, is_approved,
+        kv.replay_ids if kv is not None else lambda tenant, names: {}, config.kv.replay_answers, is_approved,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     max_tokens_default: int = 1024
     replay_ids: Callable[[str, Sequence[str]], Mapping[str, Sequence[int]]] = lambda tenant, names: {}
+    replay_answers: bool = False  # by their text too, not only tool calls by their ids
     is_approved: Callable[[str], bool] = lambda text: False  # a system prompt that all tenants may share
     state: Literal["starting", "ready", "draining"] = "starting"
     started_s: int = field(default_factory=lambda: int(time.time()))
@@ -79,7 +80,7 @@ class Service:
         anchor_tokens = whole_blocks(len(prompt_ids))
         prompt_ids += self.tokenizer.encode(segments[leading:])
         sampling = chat.sampling(self._max_tokens(len(prompt_ids), chat.max_tokens))
-        transcript = Transcript(self.tokenizer, thinking=chat.thinking, stop=chat.stop)
+        transcript = Transcript(self.tokenizer, thinking=chat.thinking, stop=chat.stop, replayed=self.replay_answers)
         shared_tokens = self._shared_tokens(chat, prompt_ids) if anchor_tokens else 0
         return chat, Request(
             request_id, prompt_ids, sampling, transcript, emit, tenant, anchor_tokens, shared_tokens
@@ -87,7 +88,7 @@ class Service:
 
     def _encode(self, chat: ChatRequest, tenant: str) -> list[Segment]:
         """The prompt, with answers of before as they were sampled where that is known."""
-        replays = Replays(self.tokenizer)
+        replays = Replays(self.tokenizer, texts=self.replay_answers)
         segments = encode_chat(
             chat.messages, self.dialect, thinking=chat.thinking, effort=chat.effort, replay=replays.collect
         )  # fmt: skip

@@ -34,7 +34,7 @@ def test_a_file_changes_what_it_names_and_says_so(tmp_path):
     assert rows["server.port"]["default"] == 8017
     assert rows["server.host"]["source"] == "default"
     assert all(set(row) == {"key", "value", "unit", "default", "source", "about"} for row in rows.values())
-    assert len(rows) == 18
+    assert len(rows) == 19
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ QUESTION = Message("user", "say it")
 
 def answered(ids: list[int], *, thinking: bool = False, stop: tuple[str, ...] = ()) -> tuple[Message, dict]:
     """The message a client would send back for a sampled answer, and what is kept of it."""
-    transcript = Transcript(tokenizer(), thinking=thinking, stop=stop)
+    transcript = Transcript(tokenizer(), thinking=thinking, stop=stop, replayed=True)
     deltas = [delta for token in ids if token != EOS_ID for delta in transcript.push(token)] + transcript.flush()
     said = {kind: "".join(d.text for d in deltas if d.kind == kind) for kind in ("content", "reasoning")}
     return Message("assistant", said["content"], said["reasoning"]), transcript.replays(ids)

@@ -1,12 +1,14 @@
 """What a client sees of the KV cache: usage, reasons, counters; whose cache it is; answers that come back."""
 
+import dataclasses
 import json
 from contextlib import contextmanager
 
 import pytest
-from serve_live import KEY, live, until
+from serve_live import KEY, live, toy_config, until
 from serve_support import FakeEngine, FakeKv, spell, tokenizer
 
+from appliance.config import KvConfig
 from runtime.kv.approvals import Approvals
 from runtime.server.auth import Caller
 
@@ -156,17 +158,24 @@ def test_the_end_of_the_system_prompt_gets_a_checkpoint(tmp_path) -> None:
 ANSWER = "the king is in the thing " * 40  # byte by byte where the tokenizer would merge "the", "in", "ing"
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_an_answer_sent_back_keeps_the_prefix_as_it_was_sampled(tmp_path, kept: bool) -> None:
+REPLAYING = dataclasses.replace(toy_config(), kv=KvConfig(replay_answers=True))
+
+
+@pytest.mark.parametrize("config", [toy_config(), REPLAYING])
+@pytest.mark.parametrize("known", [True, False])
+def test_an_answer_sent_back_keeps_the_prefix_as_it_was_sampled(tmp_path, known: bool, config) -> None:
+    """Where that is asked for; without, the same messages are the same tokens whatever the cache has."""
     engine, kv = FakeEngine(spell(ANSWER)), FakeKv()
+    kept = known and config.kv.replay_answers
     sampled = len(spell(ANSWER))
     assert len(tokenizer().encode_text(ANSWER)) < sampled
-    with server(tmp_path, engine, kv, reuse_mixed=True) as running:
+    with server(tmp_path, engine, kv, reuse_mixed=True, config=config) as running:
         question = [user("word " * 100)]
         first, message = ask(running, question, max_tokens=2000)
         assert message["content"] == ANSWER
         assert first["completion_tokens"] == sampled + 1
-        if not kept:
+        assert bool(kv.replays) == config.kv.replay_answers
+        if not known:
             kv.replays.clear()
         chat = [*question, message, user("and then?")]
         second, _ = ask(running, chat, max_tokens=2)
@@ -185,7 +194,7 @@ def test_an_answer_sent_back_keeps_the_prefix_as_it_was_sampled(tmp_path, kept: 
 
 def test_answers_of_thinking_models_come_back_too(tmp_path) -> None:
     engine, kv = FakeEngine(spell(f"why the thing</think>{ANSWER}")), FakeKv()
-    with server(tmp_path, engine, kv, reuse_mixed=True) as running:
+    with server(tmp_path, engine, kv, reuse_mixed=True, config=REPLAYING) as running:
         _, message = ask(running, [user("word " * 100)], max_tokens=2000, thinking={"type": "enabled"})
         assert (message["reasoning_content"], message["content"]) == ("why the thing", ANSWER)
         assert list(kv.replays.values()) == [spell(f"why the thing</think>{ANSWER}")]
@@ -196,6 +205,6 @@ def test_a_store_that_cannot_say_what_was_sampled_does_not_stop_a_request(tmp_pa
         def replay_ids(self, tenant, names):
             raise OSError("input/output error")
 
-    with server(tmp_path, kv=Broken()) as running:
+    with server(tmp_path, kv=Broken(), config=REPLAYING) as running:
         ask(running, [user("a"), {"role": "assistant", "content": "b"}, user("c")])
         until(lambda: "input/output error" in running.log())

@@ -187,6 +187,19 @@ def test_a_disk_that_fails_meanwhile_is_told_and_the_next_start_succeeds(tmp_pat
     store.close()
 
 
+@pytest.mark.parametrize("change", ["end_bytes = end_bytes - 4096", "number = 90"])
+def test_an_index_that_is_wrong_about_a_sealed_segment_cuts_nothing(tmp_path, change):
+    _told(tmp_path)
+    size_bytes = (tmp_path / "0000.kvs").stat().st_size
+    with sqlite3.connect(tmp_path / INDEX_NAME) as db:
+        assert db.execute(f"UPDATE segment SET {change} WHERE number = 0 AND sealed").rowcount == 1  # noqa: S608
+    db.close()
+    store = open_store(tmp_path)
+    assert (tmp_path / "0000.kvs").stat().st_size == size_bytes
+    _check(store)
+    store.close()
+
+
 def test_another_master_key_deletes_nothing(tmp_path):
     directory = tmp_path / "kv"
     _told(directory)

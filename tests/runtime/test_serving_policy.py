@@ -6,7 +6,7 @@ import pytest
 
 from appliance.config import Config
 from runtime.kv.record import Role
-from runtime.serving import kv_policy
+from runtime.serving import kv_policy, segment_bytes
 
 HOUR_S = 3600
 
@@ -36,3 +36,10 @@ def test_defaults_of_time(role: Role, hours: int) -> None:
     made = policy("")
     assert not made.expired(role, 1000, 1000 + hours * HOUR_S)
     assert made.expired(role, 1000, 1001 + hours * HOUR_S)
+
+
+def test_a_small_cache_has_eight_segments_at_least() -> None:
+    assert segment_bytes(8 << 30) == 256 << 20
+    assert segment_bytes(1 << 44) == 256 << 20
+    assert segment_bytes(16 << 20) == 2 << 20
+    assert segment_bytes((16 << 20) + 4095 * 8) % 4096 == 0
