@@ -6,7 +6,8 @@ For each length n (a multiple of 256) one process computes a prompt of n + 128 t
 a second one puts its state into a store. A third, with the store's files dropped from the page cache, takes the same
 prompt from there: look up, restore, compute the 128 tokens that are left. Printed are both times to the first token
 and their ratio, the same for the worst tail (256 tokens), and whether all 65 rows of logits agree bit for bit. Loading
-the model is in neither time. A cold prompt of 65,536 tokens takes half an hour of one core; weights are random (`sample
+the model is in neither time. A cold prompt of 65,536 tokens takes over an hour of one core (stopped, it
+goes on with --work and --keep); weights are random (`sample
 --preset kv-true`: 43 layers, head 512, hidden size 256), so seconds say nothing about a card, and ratios little.
 """
 
@@ -30,6 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 
 TAIL, WORST_TAIL, DECODED = 128, 256, 64
+SAVED_TOKENS = 1024  # a cold run may be stopped and goes on from the last multiple of these
+STATE, DONE = "state.bin", "cold-so-far.json"
 WANTED = {8192: 20.0, 65536: 150.0}  # cold / restored, at a tail of 128
 
 
@@ -78,9 +81,8 @@ def report(folder: Path, tokens: int) -> bool:
         before_s, after_s = first[f"ttft_{tail}_s"], second[f"ttft_{tail}_s"]
         print(f"  tail {tail}: cold {before_s:9.2f} s, after a restart {after_s:7.3f} s: {before_s / after_s:8.1f} x")
     print(f"  of which look up, read, decrypt and put into place: {second['restore_s']:.3f} s")
-    if "prefix_cpu_s" in first:  # other work on the machine slows the long cold run more: its CPU seconds tell
-        quiet = first["prefix_cpu_s"] / second[f"ttft_{TAIL}_s"]
-        print(f"  the cold prefix took {first['prefix_cpu_s']:.0f} CPU seconds: {quiet:.0f} x the whole restored start")
+    quiet = first["prefix_cpu_s"] / second[f"ttft_{TAIL}_s"]  # other work slows the long cold run more: its CPU time
+    print(f"  the cold prefix took {first['prefix_cpu_s']:.0f} CPU seconds: {quiet:.0f} x the whole restored start")
     print(f"  {DECODED + 1} rows of logits: {'equal bit for bit' if equal else 'DIFFERENT'}")
     ratio = first[f"ttft_{TAIL}_s"] / second[f"ttft_{TAIL}_s"]
     wanted = WANTED.get(tokens, 0.0)
@@ -120,31 +122,60 @@ def cold(tokens: int, folder: Path) -> int:
     """From nothing; the worst tail is computed on a second sequence that takes over the first one's state in memory."""
     engine = loaded(folder, tokens)
     ids = prompt(tokens, engine.spec.config.vocab_size)
-    seq, started_s, started_cpu_s = engine.open(), time.monotonic(), time.process_time()
-    said_s = started_s
-    for at in range(0, tokens, 256):
-        engine.prefill(seq, ids[at : at + 256])
-        if time.monotonic() - said_s > 30:
-            said_s = time.monotonic()
-            rate = (at + 256) / (said_s - started_s)
-            print(f"  cold: {at + 256:,} of {tokens:,} tokens, {rate:.1f} a second", flush=True)
-    prefix_s, checkpoint = time.monotonic() - started_s, seq.checkpoint[1]
-    prefix_cpu_s = time.process_time() - started_cpu_s
-    blocks = [engine.export_block(seq, i) for i in range(tokens // 256)]
-    (folder / "state.bin").write_bytes(b"".join([*blocks, checkpoint]))
+    seq, done = begun(engine, folder)
+    while seq.n_tokens < tokens:
+        started_s, started_cpu_s = time.monotonic(), time.process_time()
+        while seq.n_tokens < min(tokens, done["tokens"] + SAVED_TOKENS):
+            engine.prefill(seq, ids[seq.n_tokens : seq.n_tokens + 256])
+        done["prefix_s"] += time.monotonic() - started_s
+        done["prefix_cpu_s"] += time.process_time() - started_cpu_s
+        save(engine, seq, folder, done)
+        rate = seq.n_tokens / done["prefix_s"]
+        print(f"  cold: {seq.n_tokens:,} of {tokens:,} tokens, {rate:.1f} a second", flush=True)
+    state, checkpoint = (folder / STATE).read_bytes(), seq.checkpoint[1]
     started_s = time.monotonic()
     first = engine.prefill(seq, ids[tokens : tokens + TAIL])
-    times = {f"ttft_{TAIL}_s": prefix_s + time.monotonic() - started_s, "prefix_cpu_s": prefix_cpu_s}
+    times = {f"ttft_{TAIL}_s": done["prefix_s"] + time.monotonic() - started_s, "prefix_cpu_s": done["prefix_cpu_s"]}
     rows = decoded(engine, seq, first)
     engine.close(seq)
-    again = engine.open()
-    for index, payload in enumerate(blocks):
-        engine.import_block(again, index, memoryview(payload))
-    engine.resume(again, tokens, checkpoint=checkpoint, blocks=len(blocks))
+    again = taken_over(engine, state, checkpoint)
     started_s = time.monotonic()
     engine.prefill(again, ids[tokens:])
-    times[f"ttft_{WORST_TAIL}_s"] = prefix_s + time.monotonic() - started_s
+    times[f"ttft_{WORST_TAIL}_s"] = done["prefix_s"] + time.monotonic() - started_s
     return keep(folder, "cold", times, rows)
+
+
+def taken_over(engine: Any, state: bytes, checkpoint: bytes) -> Any:
+    """A sequence with the blocks of ``state`` and the checkpoint after them."""
+    seq, size_bytes = engine.open(), engine.layout.block_bytes
+    count = len(state) // size_bytes
+    for index in range(count):
+        engine.import_block(seq, index, memoryview(state)[index * size_bytes : (index + 1) * size_bytes])
+    engine.resume(seq, 256 * count, checkpoint=checkpoint, blocks=count)
+    return seq
+
+
+def begun(engine: Any, folder: Path) -> tuple[Any, dict[str, float]]:
+    """A cold run that was stopped goes on where it was saved, with its seconds: restored is the same, bit for bit."""
+    if not (folder / DONE).exists():
+        (folder / STATE).unlink(missing_ok=True)
+        return engine.open(), {"tokens": 0, "prefix_s": 0.0, "prefix_cpu_s": 0.0}
+    done = json.loads((folder / DONE).read_text())
+    state = (folder / STATE).read_bytes()[: done["tokens"] // 256 * engine.layout.block_bytes]
+    return taken_over(engine, state, (folder / f"checkpoint-{done['tokens']}").read_bytes()), done
+
+
+def save(engine: Any, seq: Any, folder: Path, done: dict[str, float]) -> None:
+    first = int(done["tokens"]) // 256
+    with (folder / STATE).open("ab") as file:
+        file.truncate(first * engine.layout.block_bytes)
+        for index in range(first, seq.n_tokens // 256):
+            file.write(engine.export_block(seq, index))
+    (folder / f"checkpoint-{seq.n_tokens}").write_bytes(seq.checkpoint[1])
+    done["tokens"] = seq.n_tokens
+    fresh = folder / f"{DONE}.new"
+    fresh.write_text(json.dumps(done))
+    fresh.replace(folder / DONE)
 
 
 def stored(tokens: int, folder: Path) -> int:
@@ -154,9 +185,9 @@ def stored(tokens: int, folder: Path) -> int:
 
     engine = loaded(folder, tokens)
     store, ids = opened(folder, engine), prompt(tokens, engine.spec.config.vocab_size)
-    state, size_bytes = (folder / "state.bin").read_bytes(), engine.layout.block_bytes
+    state, size_bytes = (folder / STATE).read_bytes(), engine.layout.block_bytes
     blocks = {i: state[i * size_bytes : (i + 1) * size_bytes] for i in range(tokens // 256)}
-    unit = Unit(tokens, Role.PROMPT, state[len(blocks) * size_bytes :])
+    unit = Unit(tokens, Role.PROMPT, (folder / f"checkpoint-{tokens}").read_bytes())
     result = store.put(PutJob("default", ids[:tokens], blocks, [unit]))
     store.close()
     assert result.stored, result.reason
