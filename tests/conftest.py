@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from graph_support import build_bundle
 
 from exporter.sample import write_sample
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background by a script: Ctrl-C is under test too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

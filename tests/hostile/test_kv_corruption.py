@@ -214,19 +214,17 @@ def test_segments_of_another_store(vault, other):
 
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_segments_renamed_among_each_other(vault, index):
+    """Sealed files and their rows do not fit, so the index is made again: each record is where its segment now is."""
     here = vault.copy()
     first, second = sorted(here.glob("*.kvs"))[:2]
+    assert first.stat().st_size != second.stat().st_size
     keep = first.with_suffix(".keep")
     first.rename(keep)
     second.rename(first)
     keep.rename(second)
     if index == "lost":
-        drop_index(here)  # then each record is where its segment now is: all of it may be served, or none
-        lost = frozenset()
-        found = [p for p in vault.check(lost) if "bad" in p or "seen" in p]
-    else:
-        found = vault.check(after(vault, first, 0) | after(vault, second, 0))
-    assert found == []
+        drop_index(here)
+    assert [p for p in vault.check(frozenset()) if "bad" in p or "seen" in p] == []
 
 
 # -- index, tenants, master key
