@@ -21,7 +21,7 @@ from appliance.wire import KvStatus
 from runtime import bits
 from runtime.engine import Engine
 from runtime.kv.approvals import APPROVALS, Approvals
-from runtime.kv.contents import configured
+from runtime.kv.contents import KV_DIRECTORY, KV_MASTER_KEY, configured
 from runtime.kv.fingerprint import Fingerprint, fingerprint
 from runtime.kv.keys import load_master_key
 from runtime.kv.policy import HOUR_S, Policy
@@ -34,7 +34,6 @@ from runtime.server.serve import check_tokenizer, run
 from runtime.tokenizer import Tokenizer
 
 _LOCATION = re.compile(rb"objects/[0-9a-f]{2}/([0-9a-f]{64})")
-KV_MASTER_KEY = "keys/kv-master"  # below SOLOCARD_HOME
 
 
 def serve_current(home: Path, *, profile: str | None = None) -> int:
@@ -105,7 +104,7 @@ def open_store(
 
 def _open_store(home: Path, bundle: VerifiedBundle, engine: Engine, config: Config) -> KvStore:
     return KvStore.open(
-        home / "kv", layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
+        home / KV_DIRECTORY, layout=engine.layout, fingerprint=bundle_fingerprint(bundle, engine),
         master_key=load_master_key(home / KV_MASTER_KEY), policy=kv_policy(config.kv),
         segment_bytes=segment_bytes(config.kv.max_bytes),
     )  # fmt: skip
@@ -127,7 +126,7 @@ def kv_policy(config: KvConfig) -> Policy:
 
 def approved_texts(home: Path) -> Callable[[str], bool]:
     """Whether a system prompt may be shared by all tenants (``solocard kv share``)."""
-    return Approvals(home / "kv" / APPROVALS, load_master_key(home / KV_MASTER_KEY)).is_approved
+    return Approvals(home / KV_DIRECTORY / APPROVALS, load_master_key(home / KV_MASTER_KEY)).is_approved
 
 
 def bundle_fingerprint(bundle: VerifiedBundle, engine: Engine) -> Fingerprint:

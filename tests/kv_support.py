@@ -91,6 +91,16 @@ def open_store(directory: Path, *, master_key: bytes = MASTER_KEY, max_bytes: in
                         segment_bytes=segment_bytes, clock=clock)  # fmt: skip
 
 
+class Clock:
+    """A store's time, moved by hand."""
+
+    def __init__(self, start_s: float) -> None:
+        self.now_s = float(start_s)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def prompt(chat: int, tokens: int) -> list[int]:
     """Token ids of one of the tests' chats; a longer one begins with the shorter."""
     return [(chat * 7919 + i * 31 + i // 256) % 129280 for i in range(tokens)]

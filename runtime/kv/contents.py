@@ -18,11 +18,11 @@ from runtime.kv.files import Io
 from runtime.kv.index import Index, State
 from runtime.kv.index_file import INDEX_NAME
 from runtime.kv.keys import load_master_key
+from runtime.kv.policy import DAY_S
 from runtime.kv.record import Kind, Role
 from runtime.kv.tenants import TenantInfo, Tenants
 
 KV_DIRECTORY, KV_MASTER_KEY = "kv", "keys/kv-master"  # below SOLOCARD_HOME
-DAY_S = 86_400
 
 
 def open_tenants(home: Path) -> Tenants | None:

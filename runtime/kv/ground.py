@@ -26,7 +26,6 @@ from runtime.kv.segment import Segments
 from runtime.kv.tail import tail_bytes
 from runtime.kv.tenants import Tenants
 
-DAY_S = 86_400
 NO_PARENT = bytes(PARENT_BYTES)
 _log = logging.getLogger("solocard.kv")
 
@@ -133,8 +132,9 @@ class Ground:
         """
         moved: list[Row] = []
         try:
+            keys = {tenant_id: self.tenants.keys_of(tenant_id) for tenant_id in {row.tenant_id for row in rows}}
             for row in rows:
-                copied = self._copy(row)
+                copied = self._copy(row, keys[row.tenant_id])
                 if copied:
                     moved.append(copied)
             self.segments.sync()
@@ -178,8 +178,7 @@ class Ground:
         except sqlite3.Error as error:
             _log.warning("KV index: rollback failed (%s)", error)
 
-    def _copy(self, row: Row) -> Row | None:
-        keys = self.tenants.keys_of(row.tenant_id)
+    def _copy(self, row: Row, keys: TenantKeys | None) -> Row | None:
         if keys is None:
             return None
         try:

@@ -7,7 +7,6 @@ confirms a guessed prompt, and one tenant's chain says nothing about another's (
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import struct
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from appliance.errors import EngineError, StoreError
 from appliance.model import BLOCK_TOKENS
+from runtime.kv.files import Io, write_new
 
 KEY_BYTES = 32
 TENANT_ID_BYTES = 16
@@ -104,9 +104,10 @@ def load_master_key(path: Path) -> bytes:
 
     Raises StoreError when the file has another length or others may read it.
     """
-    if not path.exists():
-        _create(path)
     try:
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_new(path, secrets.token_bytes(KEY_BYTES), Io())  # another process's, where that was first
         mode, key = path.stat().st_mode, path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; the KV cache needs this key") from None
@@ -115,33 +116,3 @@ def load_master_key(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise StoreError(f"{path} has {len(key)} bytes, not {KEY_BYTES}; restore it, or delete it and the kv directory")
     return key
-
-
-def _create(path: Path) -> None:
-    """Write beside, fsync, link into place: a crash leaves the whole key or none, a racing creator wins once."""
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(fd, secrets.token_bytes(KEY_BYTES))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _link(draft, path)
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; the KV cache needs this key") from None
-
-
-def _link(draft: Path, path: Path) -> None:
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return  # another process made the key first; both read that one
-    finally:
-        draft.unlink()
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

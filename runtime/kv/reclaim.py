@@ -10,6 +10,7 @@ does not know: both are removed at the next start.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -116,7 +117,6 @@ class _Reclaim:
 
     def __init__(self, ground: Ground, need_bytes: int, pinned: Set[bytes], now_s: int) -> None:
         self._ground, self._need_bytes, self._pinned, self._now_s = ground, need_bytes, pinned, now_s
-        self._worth = self._measure()
         self._spared: set[int] = set()
         self._hot_density = 0.0
 
@@ -199,7 +199,9 @@ class _Reclaim:
                 marks[row] = State.EXPIRED if gone_by_time else State.EVICTED
         return marks
 
-    def _measure(self) -> Worth:
+    @functools.cached_property
+    def _worth(self) -> Worth:
+        """Reckoned when something has to go: a put that finds room looks at nothing."""
         oldest_s = min((s.created_s for s in self._ground.index.segments()), default=self._now_s)
         return Worth(self._ground.policy, self._ground.fingerprint_id, self._ground.live_tenants(), self._now_s,
                      max(self._now_s - oldest_s, 0))  # fmt: skip

@@ -24,14 +24,14 @@ from appliance.wire import KvStatus
 from runtime.kv import files
 from runtime.kv.files import Io, lock_directory
 from runtime.kv.fingerprint import Fingerprint
-from runtime.kv.ground import DAY_S, Ground
+from runtime.kv.ground import Ground
 from runtime.kv.index import Index
 from runtime.kv.index_file import is_damage
 from runtime.kv.job import KvHit, Note, PutJob, PutResult, Sink, TailUnit, Unit
 from runtime.kv.keys import derive_master
 from runtime.kv.layout import KvLayout
 from runtime.kv.lookup import Lookup, Prompt, name_prompt
-from runtime.kv.policy import Policy
+from runtime.kv.policy import DAY_S, Policy
 from runtime.kv.rebuild import open_index, rebuild
 from runtime.kv.reclaim import reserve, sweep
 from runtime.kv.record import Kind

@@ -8,13 +8,16 @@ import struct
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
+from cryptography.exceptions import InvalidTag
+
 from appliance.errors import EngineError, SolocardError, StoreError
 from appliance.model import BLOCK_TOKENS
 from runtime.kv import requests
-from runtime.kv.ground import DAY_S, NO_PARENT, Ground
+from runtime.kv.ground import NO_PARENT, Ground
 from runtime.kv.index import Row, RowKey, Rows, State
 from runtime.kv.job import PutJob, PutResult
 from runtime.kv.keys import TenantKeys
+from runtime.kv.policy import DAY_S
 from runtime.kv.reclaim import reserve
 from runtime.kv.record import PARENT_BYTES, Kind, RecordHeader, Role
 from runtime.kv.tenants import SHARED
@@ -230,8 +233,6 @@ class Writing:
 
 def open_replay(keys: TenantKeys, name: bytes, sealed: bytes) -> list[int]:
     """The ids of a stored replay; StoreError where it is not authentic."""
-    from cryptography.exceptions import InvalidTag
-
     try:
         packed = keys.replay_cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], name)
     except (InvalidTag, ValueError):

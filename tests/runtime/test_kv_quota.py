@@ -6,7 +6,7 @@ import errno
 import random
 
 import pytest
-from kv_support import FaultIo, assert_hit, disk_bytes, job, look_up, open_store, prompt, put, reason
+from kv_support import Clock, FaultIo, assert_hit, disk_bytes, job, look_up, open_store, prompt, put, reason
 
 from runtime.kv.job import Note, PutJob
 from runtime.kv.policy import DAY_S, Policy
@@ -15,16 +15,6 @@ from runtime.kv.record import Role
 START_S = 1_800_000_000 // DAY_S * DAY_S
 SEGMENT = 512 * 1024
 QUOTA = 4 * SEGMENT
-
-
-class Clock:
-    """The store's time, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = float(START_S)
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class WatchIo(FaultIo):
@@ -45,7 +35,7 @@ class WatchIo(FaultIo):
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(START_S)
 
 
 def _open(tmp_path, clock, io=None, **bounds):

@@ -9,6 +9,7 @@ import threading
 import pytest
 from kv_policy_support import Model, read_index, value
 from kv_support import (
+    Clock,
     FaultIo,
     assert_hit,
     disk_bytes,
@@ -32,19 +33,9 @@ SMALL = 160 * 1024
 SIX = 6 * SEGMENT
 
 
-class Clock:
-    """The store's time, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = float(START_S)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(START_S)
 
 
 def _open(tmp_path, clock, **options):

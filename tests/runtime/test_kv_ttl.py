@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from kv_support import (
     MASTER_KEY,
+    Clock,
     assert_hit,
     assert_miss,
     disk_bytes,
@@ -28,19 +29,9 @@ START_S = 1_800_000_000
 TTL = {Role.NONE: 100, Role.PROMPT: 60, Role.ANSWER: 30, Role.ANCHOR: 90, Role.SUSPENDED: 50}
 
 
-class Clock:
-    """The store's time, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = float(START_S)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(START_S)
 
 
 def _open(tmp_path, clock, **options):

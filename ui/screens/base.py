@@ -7,6 +7,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.containers import Container
 from textual.screen import Screen
+from textual.timer import Timer
 
 from ui.context import Context
 from ui.view import ServerView
@@ -17,6 +18,7 @@ class ConsoleScreen(Screen[None]):
     """Subclasses give ``mode``, a body and what to do with a new view of the server."""
 
     mode: ClassVar[str] = ""
+    timer: Timer | None = None  # a subclass's own, made paused: it runs while the screen is seen
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -35,6 +37,15 @@ class ConsoleScreen(Screen[None]):
 
     def on_mount(self) -> None:
         self.watch(self.app, "view", self._view_changed)
+
+    def on_screen_resume(self) -> None:
+        """Runs beside a subclass's handler of that name, as each class's is called."""
+        if self.timer is not None:
+            self.timer.resume()
+
+    def on_screen_suspend(self) -> None:
+        if self.timer is not None:
+            self.timer.pause()
 
     def _view_changed(self, view: ServerView) -> None:
         self.query_one(TitleLine).show_view(view)

@@ -12,7 +12,6 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.events import Resize
-from textual.timer import Timer
 from textual.widgets import DataTable, Static
 
 from appliance.errors import SolocardError
@@ -46,7 +45,6 @@ class CacheScreen(CommandScreen):
     BINDINGS = bindings("cache")
     quiet: ClassVar[tuple[str, ...]] = ("kv", "stats")
     reading: ClassVar[tuple[str, ...]] = ("kv", "verify")
-    timer: Timer | None = None
     looking = False  # a look is under way; a slow server is not asked twice at once
 
     def __init__(self, context: Context) -> None:
@@ -82,12 +80,6 @@ class CacheScreen(CommandScreen):
     def on_screen_resume(self) -> None:
         self.query_one(TenantTable).focus()
         self.action_renew()
-        if self.timer is not None:
-            self.timer.resume()
-
-    def on_screen_suspend(self) -> None:
-        if self.timer is not None:
-            self.timer.pause()
 
     # ---- looking
 

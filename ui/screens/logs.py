@@ -8,7 +8,6 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal
-from textual.timer import Timer
 from textual.widgets import Input, Static
 
 from ui.actions import bindings
@@ -26,7 +25,6 @@ class LogsScreen(ConsoleScreen):
     mode: ClassVar[str] = "logs"
     CSS_PATH = "logs.tcss"
     BINDINGS = [*bindings("logs"), ("escape", "show_all", "show all")]  # noqa: RUF012  textual reads a plain list
-    timer: Timer | None = None
     looking = False  # a look is under way; a slow server is not asked twice at once
 
     def compose_body(self) -> ComposeResult:
@@ -47,12 +45,6 @@ class LogsScreen(ConsoleScreen):
     def on_screen_resume(self) -> None:
         self.query_one(LogTail).focus()
         self.look()
-        if self.timer is not None:
-            self.timer.resume()
-
-    def on_screen_suspend(self) -> None:
-        if self.timer is not None:
-            self.timer.pause()
 
     def look(self) -> None:
         """Read the log once, in a worker."""
