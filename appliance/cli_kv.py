@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from appliance.cli_output import Output, size
+from appliance.cli_output import Output, counted, size
 from appliance.errors import StoreError, UsageError
 from appliance.journal import Journal
 from appliance.kv_child import run_kv
@@ -63,7 +63,8 @@ def purge(args: argparse.Namespace, out: Output) -> int:
     if not args.yes:
         _ask(_tenant(read_report(args.home), args.tenant))
     data = run_kv(args.home, ["purge", args.tenant], out.progress)
-    holds = f"{data['blocks']:,} blocks and {data['checkpoints']:,} checkpoints ({size(data['size_bytes'])})"
+    checkpoints = counted(data["checkpoints"], "checkpoint")
+    holds = f"{counted(data['blocks'], 'block')} and {checkpoints} ({size(data['size_bytes'])})"
     if data.get("uncounted"):
         holds = f"what it stored was not counted ({data['uncounted']}) and"
     who = "the next server" if server_pid(args.home) is None else "the running server"
@@ -83,7 +84,8 @@ def export_trace(args: argparse.Namespace, out: Output) -> int:
     wanted = ["export-trace", str(args.out.absolute())]
     data = run_kv(args.home, wanted + (["--since", args.since] if args.since else []), out.progress)
     lines = [
-        f"{args.out}: {data['requests']:,} requests, {data['blocks']:,} different blocks of 256 tokens",
+        f"{args.out}: {counted(data['requests'], 'request')}, "
+        f"{counted(data['blocks'], 'different block')} of 256 tokens",
         "each line: milliseconds since the first request, prompt and answer length in tokens, numbers of the prompt's "
         "blocks (equal numbers: equal beginnings). No text, no token, no hash, no name of a tenant",
     ]
@@ -132,7 +134,7 @@ def _tenant(report: KvReport, name: str) -> KvTenant:
 def _ask(tenant: KvTenant) -> None:
     """UsageError unless a person at the terminal types yes."""
     question = [
-        f"tenant {tenant.name}: {tenant.blocks:,} blocks, {tenant.checkpoints:,} checkpoints, "
+        f"tenant {tenant.name}: {counted(tenant.blocks, 'block')}, {counted(tenant.checkpoints, 'checkpoint')}, "
         f"{size(tenant.size_bytes)}, {ago(tenant.last_used_s)}",
         "Its key is destroyed: what it stored can never be read again. Its next prompts are computed whole.",
     ]

@@ -63,6 +63,11 @@ class Output:
         print(json.dumps(readable(progress.to_dict()), ensure_ascii=False), flush=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 block``, ``1,204 blocks``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size(size_bytes: int) -> str:
     """A size for a person: bytes below 10 KiB, then KiB, MiB, GiB."""
     if size_bytes < 10 << 10:

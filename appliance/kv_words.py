@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from appliance.cli_output import size
+from appliance.cli_output import counted, size
 from appliance.wire import KvReport, KvStatus, KvTenant
 
 BAR_CELLS = 24
@@ -75,9 +75,10 @@ def _room(report: KvReport) -> str:
 def _holds(report: KvReport) -> str:
     kv = report.status
     roles = ", ".join(f"{count:,} {role}" for role, count in report.roles.items() if count)
-    checkpoints = f"{kv.checkpoints:,} checkpoints{f' ({roles})' if roles else ''}"
-    damaged = f", {report.damaged:,} damaged records set aside" if report.damaged else ""
-    return f"{kv.blocks:,} blocks of 256 tokens, {checkpoints}, {kv.segments:,} segment files{damaged}"
+    checkpoints = counted(kv.checkpoints, "checkpoint") + (f" ({roles})" if roles else "")
+    damaged = f", {counted(report.damaged, 'damaged record')} set aside" if report.damaged else ""
+    files = counted(kv.segments, "segment file")
+    return f"{counted(kv.blocks, 'block')} of 256 tokens, {checkpoints}, {files}{damaged}"
 
 
 def _today(kv: KvStatus) -> str:

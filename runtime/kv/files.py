@@ -11,6 +11,12 @@ from pathlib import Path
 
 from appliance.errors import BusyError, StoreError
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+_INDEX_PASSES = frozenset({
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+})  # fmt: skip
+
 
 class Io:
     """Every call of the store that changes the disk or may meet a failing one; tests hand in others."""
@@ -100,6 +106,23 @@ def write_new(path: Path, content: bytes, io: Io) -> bool:
     finally:
         draft.unlink(missing_ok=True)
         io.sync_directory(path.parent)
+
+
+def no_room(error: BaseException) -> bool:
+    """Is the disk, or this user's share of it, full?"""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def is_short(error: BaseException) -> bool:
+    """Did the system lack files or memory for a moment? Such an error says nothing about the disk."""
+    return isinstance(error, OSError) and error.errno in _SHORT
+
+
+def passes(error: OSError | sqlite3.Error) -> bool:
+    """May the same be tried again in a minute, without a restart: no room, or the system was short of something?"""
+    if isinstance(error, OSError):
+        return no_room(error) or is_short(error)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _INDEX_PASSES
 
 
 def reason(error: OSError | sqlite3.Error) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from appliance.errors import StoreError
-from runtime.kv.files import Io
+from runtime.kv.files import Io, is_short
 from runtime.kv.fingerprint import Fingerprint
 from runtime.kv.index import Index, Row, RowKey, State
 from runtime.kv.keys import TenantKeys
@@ -128,7 +128,8 @@ class Ground:
     def copy_forward(self, rows: Sequence[Row]) -> list[Row]:
         """Write records again at the end, synced but not accepted: the rows with their new places.
 
-        Those that do not open are left out; OSError is raised with everything cut back.
+        Those that do not open are left out; OSError is raised with everything cut back, also where the system lacks
+        files or memory to read them.
         """
         moved: list[Row] = []
         try:
@@ -185,6 +186,8 @@ class Ground:
             header, raw = read_record(self.segments.path(row.segment), row, self.io)
             payload = unseal(header, raw, keys.cipher)
         except (OSError, StoreError) as error:
+            if is_short(error):
+                raise
             _log.warning("KV record not moved out of segment %04d: %s", row.segment, error)
             return None
         number, written = self.segments.append(header, payload, keys.cipher, int(self.clock()))

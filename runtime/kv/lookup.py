@@ -7,13 +7,13 @@ that need it and the next shorter one is tried; one that was moved or removed me
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from appliance.model import BLOCK_TOKENS
+from runtime.kv.files import is_short
 from runtime.kv.fingerprint import difference
 from runtime.kv.ground import Ground
 from runtime.kv.index import Index, Row, Rows, State
@@ -25,7 +25,6 @@ from runtime.kv.tenants import SHARED
 
 _OLD_FINGERPRINTS = 4  # how many earlier ones a miss is compared with
 _AGAIN = 4  # how often a lookup starts over because records went to another place meanwhile
-_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})  # not the disk's
 _log = logging.getLogger("solocard.kv")
 
 
@@ -230,7 +229,7 @@ class Lookup:
             self._changed = True
             return
         _log.warning("KV record set aside in segment %04d: %s", row.segment, error)
-        if not isinstance(error, OSError) or error.errno not in _PASSING:
+        if not is_short(error):
             self._ground.uses.damaged[key] = row
         self._rows[key] = dataclasses.replace(row, state=State.DAMAGED)
 

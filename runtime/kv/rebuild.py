@@ -20,7 +20,7 @@ from pathlib import Path
 from appliance.errors import StoreError
 from runtime.kv.files import Io
 from runtime.kv.footer import read_footer, walk
-from runtime.kv.ground import read_record, row_of
+from runtime.kv.ground import Ground, read_record, row_of
 from runtime.kv.index import Index, Row, RowKey
 from runtime.kv.index_file import INDEX_FORMAT, INDEX_NAME, OldFormatError, is_damage
 from runtime.kv.keys import TenantKeys, derive_master
@@ -54,6 +54,16 @@ def open_index(
         _log.warning("%s cannot be read (%s): made again from the segments", path, error)
         rebuild(directory, io, master_key, tenants, now_s)
     return _open(directory, io, segments)
+
+
+def remake(ground: Ground, master_key: bytes) -> None:
+    """The index of an open store made again, its files closed first; errors as ``open_index``, then all is closed."""
+    ground.index.close()
+    ground.segments.close()
+    where, now_s = (ground.directory, ground.io, master_key, ground.tenants), int(ground.clock())
+    rebuild(*where, now_s)
+    ground.index = open_index(*where, ground.segments, now_s)
+    ground.index.remember(ground.fingerprint, now_s)
 
 
 def _open(directory: Path, io: Io, segments: Segments) -> Index:

@@ -9,13 +9,13 @@ does not know: both are removed at the next start.
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+from runtime.kv.files import no_room
 from runtime.kv.index import Index, Row, State
 from runtime.kv.policy import DAY_S, Policy
 from runtime.kv.record import Kind
@@ -25,7 +25,6 @@ __all__ = ["COPY_SHARE", "Ground", "Policy", "reserve", "sweep"]
 
 COPY_SHARE = 0.2  # of a victim's bytes may be written again
 HOT = 4.0  # copied are records worth this many times the store's mean per byte
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _log = logging.getLogger("solocard.kv")
 
 
@@ -173,7 +172,7 @@ class _Reclaim:
         try:
             return self._ground.copy_forward([*kept, *self._hottest(rows, room_bytes - pinned_bytes)])
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if not no_room(error):
                 raise
             return None if kept else []  # a full disk is what reclaiming is for: go on without the copies
 

@@ -32,7 +32,7 @@ from runtime.kv.keys import derive_master
 from runtime.kv.layout import KvLayout
 from runtime.kv.lookup import Lookup, Prompt, name_prompt
 from runtime.kv.policy import DAY_S, Policy
-from runtime.kv.rebuild import open_index, rebuild
+from runtime.kv.rebuild import open_index, remake
 from runtime.kv.reclaim import reserve, sweep
 from runtime.kv.record import Kind
 from runtime.kv.segment import SEGMENT_BYTES, Segments
@@ -41,9 +41,8 @@ from runtime.kv.writing import Plan, Writing, open_replay
 from runtime.schedule import prompt_boundary
 
 __all__ = ["KvHit", "KvStore", "Note", "Policy", "PutJob", "PutResult", "Sink", "TailUnit", "Unit"]
-_RETRY_S = 60.0  # after a full disk
+_RETRY_S = 60.0  # after a full disk, or an index that could not be made again
 _SWEEP_S = 60.0
-_SPACE = ("ENOSPC", "EDQUOT")
 _log = logging.getLogger("solocard.kv")
 _OFF = KvHit(0, 0, None, None, False, "policy", 0)
 
@@ -61,6 +60,7 @@ class KvStore:
         self._stopped, self._retry_s, self._refused, self._swept_s = "", float("inf"), "", 0.0
         self._counts: Counter[str] = Counter()
         self._miss_reasons: dict[str, int] = {}
+        self._index_lost_s: float | None = None  # since when it is damaged and could not be made again
         self._kinds: dict[Kind, int] | None = None
         self._closed = False
 
@@ -228,7 +228,7 @@ class KvStore:
         return results
 
     def _still_stopped(self) -> bool:
-        """A full disk is tried again after a minute; one that failed otherwise after the next start."""
+        """A full disk is tried again after a minute; one that fails is after the next start."""
         waits = self._retry_s - _RETRY_S <= self._ground.clock() < self._retry_s  # no longer, if the clock is set back
         if self._stopped and self._retry_s < float("inf") and not waits:
             self._stopped = ""
@@ -261,7 +261,8 @@ class KvStore:
         if self._stopped and self._retry_s == float("inf"):
             return self._stopped  # a disk that failed stays left alone, whatever it says next
         reason = files.reason(error)
-        self._retry_s = self._ground.clock() + _RETRY_S if reason.startswith(_SPACE) else float("inf")
+        again = files.passes(error) or self._index_lost_s is not None
+        self._retry_s = self._ground.clock() + _RETRY_S if again else float("inf")
         self._stopped = reason
         _log.warning("KV cache stops writing: %s", reason)
         return reason
@@ -274,25 +275,23 @@ class KvStore:
             return not self._closed and (self._reader is not reader or self._mend(error))
 
     def _mend(self, error: OSError | sqlite3.Error) -> bool:
-        """Make the index again where SQLite found it damaged; under the write lock. False where that is no help."""
-        if not is_damage(error):
+        """Make the index again where SQLite found it damaged; under the write lock. False where that is no help.
+
+        Where the disk refuses, it is tried again a minute later.
+        """
+        ground, now_s, lost_s = self._ground, self._ground.clock(), self._index_lost_s
+        if not is_damage(error) if lost_s is None else abs(now_s - lost_s) < _RETRY_S:
             return False
-        ground = self._ground
         try:
             with self._reading:
                 self._reader.close()
-                ground.index.close()
-                ground.segments.close()
-                now_s = int(ground.clock())
-                rebuild(ground.directory, ground.io, self._master_key, ground.tenants, now_s)
-                ground.index = open_index(
-                    ground.directory, ground.io, self._master_key, ground.tenants, ground.segments, now_s
-                )
+                remake(ground, self._master_key)
                 self._reader = Index.open(ground.directory, ground.io, read_only=True)
-            ground.index.remember(ground.fingerprint, now_s)
         except (OSError, sqlite3.Error, StoreError) as again:
+            self._index_lost_s = now_s
             _log.warning("KV index could not be made again: %s", again)
             return False
+        self._index_lost_s = None
         return True
 
     # -- both

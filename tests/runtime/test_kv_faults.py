@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from kv_support import (
@@ -190,6 +191,41 @@ def test_want_of_files_or_memory_is_no_damage(tmp_path, code, lost):
             assert_hit(store, 0, 512)
         store.close()
         store = open_store(tmp_path / "kv")
+    store.close()
+
+
+def _no_files(now, tmp_path, only):
+    io = FaultIo(error=OSError(errno.EMFILE, os.strerror(errno.EMFILE)), only=only)
+    return io, open_store(tmp_path / "kv", io=io, max_bytes=2 << 20, segment_bytes=512 << 10, clock=lambda: now[0])
+
+
+@pytest.mark.parametrize("only", ["pwrite", "sync_directory"])
+def test_want_of_files_stops_the_writing_for_a_minute(tmp_path, only):
+    now = [time.time()]
+    io, store = _no_files(now, tmp_path, only)
+    put(store, 0, 256)
+    io.at = 0
+    assert put(store, 1, 5120).reason.startswith("EMFILE")
+    io.at = 1 << 60
+    assert not put(store, 1, 5120).stored
+    now[0] += 61
+    assert put(store, 1, 5120).stored
+    store.close()
+
+
+def test_want_of_files_while_room_is_made_gives_nothing_up(tmp_path):
+    """What cannot be read for a moment is not dropped with the segment it was to be moved out of."""
+    now = [time.time()]
+    io, store = _no_files(now, tmp_path, "preadv")
+    for chat in range(50):
+        put(store, chat, 256)
+    assert store.status().reclaimed_bytes
+    with store.pin("default", prompt(48, 257)):
+        io.at = 0
+        stored = [put(store, 100 + n, 256) for n in range(50)]
+        io.at = 1 << 60
+    assert any(result.reason.startswith("EMFILE") for result in stored)
+    assert_hit(store, 48, 256)
     store.close()
 
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sqlite3
+import time
 
 import pytest
 from kv_support import (
@@ -172,6 +173,45 @@ def test_an_index_that_breaks_under_a_put_is_made_again(tmp_path):
     assert result.stored, result.reason
     assert_hit(store, 9, 512)
     _check(store)
+    store.close()
+
+
+def _break(directory):
+    raw = bytearray((directory / INDEX_NAME).read_bytes())
+    raw[4096:] = b"\xff" * (len(raw) - 4096)
+    (directory / INDEX_NAME).write_bytes(raw)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("first", ["put", "lookup"])
+@pytest.mark.parametrize("name", ["sync_directory", "commit"])
+def test_an_index_that_breaks_on_a_disk_that_refuses_is_made_again_a_minute_later(tmp_path, name, first, code):
+    now = [time.time()]
+    directory = tmp_path / "kv"
+    _told(directory)
+    io = FaultIo(error=OSError(code, os.strerror(code)), only=name)
+    store = open_store(directory, io=io, clock=lambda: now[0])
+    _break(directory)
+    store._ground.index.connection.execute("PRAGMA cache_size = 1")
+    io.at = 0
+    for _ in range(2):
+        assert_miss(store, 1, 600, "corrupt")
+        assert not put(store, 9, 512).stored
+        assert store.status().blocks == 0
+    io.at = 1 << 60
+    assert_miss(store, 1, 600, "corrupt")  # the minute is not over
+    now[0] += 61
+    if first == "put":
+        assert put(store, 9, 512).stored
+    _check(store)
+    now[0] += 61
+    assert put(store, 9, 512).stored
+    assert_hit(store, 9, 512)
+    assert store.status().writing
+    store.close()
+    store = open_store(directory)
+    _check(store)
+    assert_hit(store, 9, 512)
     store.close()
 
 
