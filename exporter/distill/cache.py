@@ -1,7 +1,14 @@
-"""The teacher cache: for each token of the texts, the teacher's 64 most likely next tokens and the mass of the rest.
+"""The teacher cache: for each token of the texts, the teacher's 64 most likely next tokens and 64 drawn from the rest.
 
-A stage folder: ``part_00000.safetensors`` … of whole sequences, each with ``ids`` I32 [n, 64], ``logp`` F16 [n, 64]
-and ``tail`` F32 [n] (388 bytes a token), and ``teacher.json`` last.
+A stage folder: ``part_00000.safetensors`` … of whole sequences, each with ``ids`` I32 [n, 128] (the most likely first),
+``logp`` F16 [n, 128], ``tail`` F32 [n], the mass of all but the most likely, and ``threshold`` F32 [n] (776 bytes a
+token), and ``teacher.json`` last.
+
+The drawn ones stand for the whole tail. Without them nothing would tell a student how that mass is spread: on the
+sample model, whose 64 most likely tokens hold .82 of it, 60 % of the divergence left after training was in there. They
+are drawn by priority (Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary subset sums", J. ACM
+54(6), 2007): of u uniform in (0, 1] for each token those with the largest p / u; with τ the largest p / u of those that
+stayed behind, the estimate of a token's mass is max(p, τ) where it was drawn and 0 else, which on average is p.
 """
 
 from __future__ import annotations
@@ -19,10 +26,14 @@ from exporter.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 from exporter.stage import digest, read_json
 
 CLOSING = "teacher.json"
+FORMAT = 2
 TOP = 64
+DRAWN = 64
 PART_TOKENS = 8192
 
-Targets = tuple[NDArray[np.int32], NDArray[np.float16], NDArray[np.float32]]  # ids [n, k], logp [n, k], tail [n]
+_NAMES = ("ids", "logp", "tail", "threshold")
+# ids [n, k + d], logp [n, k + d], tail [n], threshold [n]
+Targets = tuple[NDArray[np.int32], NDArray[np.float16], NDArray[np.float32], NDArray[np.float32]]
 
 
 def part_name(part: int) -> str:
@@ -40,24 +51,53 @@ def parts_of(lengths: Sequence[int]) -> list[range]:
     return parts
 
 
-def reduced(logits: NDArray[np.float32], top: int = TOP) -> Targets:
-    """Logits f32 [n, V] to the k = min(top, V) largest log-probabilities, their ids and the mass of the others."""
-    count = min(top, logits.shape[1])
-    ids = np.argpartition(-logits, count - 1, axis=1)[:, :count]
-    ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(logits, ids, 1), 1, kind="stable"), 1)
+def reduced(logits: NDArray[np.float32], sequence: int, start: int = 0, top: int = TOP, drawn: int = DRAWN) -> Targets:
+    """Logits f32 [n, V] of tokens ``start`` … of a sequence → its targets; the same draws whenever it is asked.
+
+    k = min(top, V); where the rest has no more than ``drawn`` tokens it is taken whole, and threshold is 0.
+    """
+    vocab = logits.shape[1]
+    logp = _log_softmax(logits)
+    best = _largest(logits, min(top, vocab))[0]
+    best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, 1), 1, kind="stable"), 1)
+    mass = np.exp(logp)
+    np.put_along_axis(mass, best, np.float32(0), 1)
+    tail = mass.sum(1)
+    with np.errstate(over="ignore"):  # a mass over a tiny u: first in any case
+        np.divide(mass, _uniform(logits.shape, sequence, start), out=mass)
+    np.put_along_axis(mass, best, np.float32(-1), 1)
+    others, threshold = _largest(mass, min(drawn, vocab - best.shape[1]))
+    ids = np.concatenate([best, others], 1)
+    return ids.astype(np.int32), np.take_along_axis(logp, ids, 1).astype(np.float16), tail, np.maximum(threshold, 0)
+
+
+def _largest(values: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Places of the ``count`` largest of each row in no order, and the next largest value (0 where there is none)."""
+    places = np.argpartition(-values, min(count, values.shape[1] - 1), axis=1)
+    following = np.zeros(len(values), np.float32)
+    if count < values.shape[1]:
+        following = np.take_along_axis(values, places[:, count : count + 1], 1)[:, 0]
+    return places[:, :count], following
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max(1, keepdims=True)
-    mass = np.exp(shifted)
-    best = np.take_along_axis(shifted, ids, 1)
-    np.put_along_axis(mass, ids, np.float32(0), 1)
-    tail, total = mass.sum(1), mass.sum(1) + np.exp(best).sum(1)
-    logp = best - np.log(total)[:, None]
-    return ids.astype(np.int32), logp.astype(np.float16), (tail / total).astype(np.float32)
+    found: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return found
+
+
+def _uniform(shape: tuple[int, ...], sequence: int, start: int) -> NDArray[np.float32]:
+    """In (0, 1], each token's row from a generator of its own: however the rows are cut, a token has the same."""
+    found = np.empty(shape, np.float32)
+    for i, row in enumerate(found):
+        np.random.default_rng((sequence, start + i)).random(out=row, dtype=np.float32)
+    return np.subtract(np.float32(1), found, out=found)
 
 
 def stored(targets: Iterable[Targets]) -> list[tuple[str, str, NDArray[Any]]]:
     """The tensors of one part."""
-    ids, logp, tail = (np.concatenate(arrays) for arrays in zip(*targets, strict=True))
-    return [("ids", "I32", ids), ("logp", "F16", logp), ("tail", "F32", tail)]
+    arrays = [np.concatenate(arrays) for arrays in zip(*targets, strict=True)]
+    return list(zip(_NAMES, ("I32", "F16", "F32", "F32"), arrays, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +116,16 @@ class TeacherCache:
     def open(path: Path) -> TeacherCache:
         """CheckpointError names a missing file, a field or a part of the wrong size."""
         raw = read_json(path / CLOSING)
-        if raw.get("format") != 1 or not isinstance(raw.get("lengths"), list):
-            raise CheckpointError(f"{path / CLOSING}: not a teacher cache of format 1; run distill teacher")
+        if raw.get("format") != FORMAT or not isinstance(raw.get("lengths"), list):
+            raise CheckpointError(f"{path / CLOSING}: not a teacher cache of format {FORMAT}; run distill teacher anew")
         lengths = tuple(int(n) for n in raw["lengths"])
         places, parts = [], []
         for number, members in enumerate(parts_of(lengths)):
             tensors = {info.name: info for info in read_header(path / part_name(number))}
             rows, first = sum(lengths[m] for m in members), 0
-            if set(tensors) != {"ids", "logp", "tail"} or tensors["tail"].shape != (rows,):
+            if set(tensors) != set(_NAMES) or tensors["tail"].shape != (rows,):
                 part = path / part_name(number)
-                raise CheckpointError(f"{part}: expected {rows} rows of ids, logp, tail; make the cache again")
+                raise CheckpointError(f"{part}: expected {rows} rows of {', '.join(_NAMES)}; make the cache again")
             parts.append(tensors)
             for member in members:
                 places.append((number, first))
@@ -102,11 +142,11 @@ class TeacherCache:
             raise UsageError(f"{self.path}: the teacher saw other texts; run distill teacher with this --texts file")
 
     def targets(self, sequence: int) -> Targets:
-        """ids [n, k], logp [n, k] and tail [n] of one sequence."""
+        """What is stored of one sequence."""
         part, first = self.places[sequence]
         rows = slice(first, first + self.lengths[sequence])
-        ids, logp, tail = (_mapped(self.parts[part][name])[rows] for name in ("ids", "logp", "tail"))
-        return np.array(ids), np.array(logp), np.array(tail)
+        ids, logp, tail, threshold = (np.array(_mapped(self.parts[part][name])[rows]) for name in _NAMES)
+        return ids, logp, tail, threshold
 
 
 def _mapped(info: TensorInfo) -> NDArray[Any]:

@@ -50,7 +50,7 @@ def write_cache(
     lengths = [len(text.ids) for text in texts]
     folder = StageFolder(out, {
         "stage": "teacher", "model": view.recipe_sha256, "texts_sha256": texts_digest, "tokens": sum(lengths),
-        "top": cache.TOP, "layerwise": layerwise,
+        "top": cache.TOP, "drawn": cache.DRAWN, "layerwise": layerwise,
     })  # fmt: skip
     parts = cache.parts_of(lengths)
     if not folder.has(cache.CLOSING):
@@ -64,7 +64,7 @@ def write_cache(
             _write_parts(folder, parts, missing, targets, progress)
         shutil.rmtree(work, ignore_errors=True)
         folder.finish(cache.CLOSING, {
-            "format": 1, "source_sha256": view.source_sha256, "model_sha256": view.recipe_sha256,
+            "format": cache.FORMAT, "source_sha256": view.source_sha256, "model_sha256": view.recipe_sha256,
             "texts_sha256": texts_digest, "vocab_size": view.config.vocab_size, "lengths": lengths,
             "code": code_version(),
         })  # fmt: skip
@@ -78,7 +78,7 @@ def _write_parts(
     for part in missing:
         rows = [next(targets) for _ in parts[part]]
         folder.write_tensors(cache.part_name(part), cache.stored(rows))
-        progress.add(cache.part_name(part), sum(len(tail) for _, _, tail in rows))
+        progress.add(cache.part_name(part), sum(len(row[0]) for row in rows))
 
 
 def _whole(
@@ -102,7 +102,7 @@ def _whole(
             with torch.no_grad():
                 logits = net.head(net(ids)[0].index_select(0, real)).cpu().numpy()
             for member, rows in zip(piece, np.split(logits, np.cumsum([lengths[m] for m in piece])[:-1]), strict=True):
-                found[member] = cache.reduced(rows)
+                found[member] = cache.reduced(rows, member)
         yield from (found[member] for member in members)
 
 
@@ -118,8 +118,8 @@ def _layerwise(
     for sequence, start, logits in forced_rows(view, sequences, work=work, device=device, label="teacher"):
         if sequence not in wanted:
             continue
-        rows.append(cache.reduced(logits))
+        rows.append(cache.reduced(logits, sequence, start))
         if start + len(logits) == len(sequences[sequence]):
-            ids, logp, tail = (np.concatenate(part) for part in zip(*rows, strict=True))
-            yield ids, logp, tail
+            ids, logp, tail, threshold = (np.concatenate(part) for part in zip(*rows, strict=True))
+            yield ids, logp, tail, threshold
             rows = []

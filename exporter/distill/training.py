@@ -16,7 +16,7 @@ from torch import Tensor
 from appliance.errors import UsageError
 from exporter.distill.batches import Batches, padded, pieces, share
 from exporter.distill.cache import TeacherCache
-from exporter.distill.losses import bucket_kl
+from exporter.distill.losses import cached_kl
 from exporter.distill.muon import ADAM_SHARE, Adam, Muon
 from exporter.distill.processes import Processes
 from exporter.safetensors_file import NUMPY_DTYPES, read_header, write_file
@@ -95,7 +95,7 @@ class Trainer:
         return rounded(self.masters.get(name, self.parameters[name]), self.formats[name])
 
     def update(self, sequences: Sequence[Sequence[int]], cache: TeacherCache, batches: Batches) -> float:
-        """One step; returns the joint mean KL (65 buckets) before it. UsageError when it is not finite."""
+        """One step; returns the joint mean KL (losses.py) before it. UsageError when it is not finite."""
         members = batches.of(self.step)
         tokens = sum(cache.lengths[m] for m in members)
         mine = share(members, cache.lengths, self.processes.rank, self.processes.world)
@@ -123,10 +123,10 @@ class Trainer:
         device = self.net.norm.weight.device
         ids, real = (torch.from_numpy(a).to(device) for a in padded([sequences[m] for m in piece]))
         targets = [cache.targets(m) for m in piece]
-        top, logp, tail = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*targets, strict=True))
+        chosen, *told = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*targets, strict=True))
         hidden, _ = self.net(ids)
         logits = self.net.head(hidden.index_select(0, real))
-        loss = bucket_kl(logits, top.long(), logp, tail).sum() / tokens
+        loss = cached_kl(logits, chosen.long(), *told).sum() / tokens
         loss.backward()
         return loss.detach()
 

@@ -1,6 +1,9 @@
 """Writes calibration.jsonl and evaluation.jsonl: what the export pipeline observes and is judged on, on this model.
 
     PYTHONPATH=. python packaging/sample-model/texts.py --docs DIR --books DIR
+    PYTHONPATH=. python packaging/sample-model/texts.py --docs DIR --books DIR --training FILE --tokens DOCS PLAYS MANUAL
+
+With --training only that file is written: more text of the calibration's sources, other windows of them, to train on.
 
 One line is one sequence, {"domain", "text"}; control tokens stand in the text as the tokenizer reads them. Calibration
 prose comes from training files only, evaluation prose from held-out files only. Wordings of the manual are split by a
@@ -91,21 +94,20 @@ def conversations(asked: list[tuple[data.Fact, str]], total_tokens: int, windows
         yield text
 
 
-def lines(args: argparse.Namespace, evaluation: bool) -> Iterator[tuple[str, str]]:
-    """(domain, text) of one file."""
-    times = 1 if evaluation else args.calibration_times
+def lines(args: argparse.Namespace, name: str, budget: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """(domain, text) of one file; ``name`` begins the draw."""
+    evaluation = name == "evaluation"
     tokenizer = Tokenizer.from_file(str(HERE / "checkpoint" / "tokenizer.json"))
-    draw = random.Random("evaluation" if evaluation else "calibration")
-    budget = EVALUATION_TOKENS if evaluation else CALIBRATION_TOKENS
+    draw = random.Random(name)
     texts = [t for t in data.collect(args.docs, args.books) if t.held_out == evaluation]
     for domain, folder in (("docs", "docs/"), ("plays", "books/")):
         windows = Windows([t for t in texts if t.name.startswith(folder)], tokenizer, draw)
-        yield from ((domain, text) for text in windows.take(times * budget[domain]))
+        yield from ((domain, text) for text in windows.take(budget[domain]))
         if evaluation:
             size = LONG_TOKENS * LONG_SEQUENCES[domain]
             yield from ((domain, text) for text in windows.take(size, LONG_TOKENS + 128, LONG_TOKENS))
     asked = wordings(data.load_manual(HERE / "manual_qa.jsonl"), evaluation)
-    chats = conversations(asked, times * budget["manual"], Windows([], tokenizer, draw))
+    chats = conversations(asked, budget["manual"], Windows([], tokenizer, draw))
     yield from (("manual", text) for text in chats)
 
 
@@ -114,13 +116,23 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True, help="folder with the .rst.txt files")
     parser.add_argument("--books", type=Path, required=True, help="folder with the *_gut.txt files")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--calibration-times", type=int, default=1, metavar="N", help="N times the calibration text")
+    parser.add_argument("--training", type=Path, metavar="FILE", help="write this one instead of the two")
+    parser.add_argument("--tokens", type=int, nargs=3, default=[1_500_000, 500_000, 200_000],
+                        metavar=("DOCS", "PLAYS", "MANUAL"), help="how much of each domain in FILE")  # fmt: skip
+    parser.add_argument("--draw", default="training", help="another name draws other windows (default: training)")
     args = parser.parse_args()
-    for name, evaluation in (("calibration.jsonl", False), ("evaluation.jsonl", True)):
-        rows = [json.dumps({"domain": domain, "text": HOSTS.sub("example.org", text)}, ensure_ascii=False)
-                for domain, text in lines(args, evaluation)]
-        (args.out / name).write_text("\n".join(rows) + "\n", "utf-8")
-        print(f"{name}: {len(rows)} sequences, {(args.out / name).stat().st_size} bytes")
+    if args.training:
+        write(args.training, lines(args, args.draw, dict(zip(CALIBRATION_TOKENS, args.tokens, strict=True))))
+        return
+    write(args.out / "calibration.jsonl", lines(args, "calibration", CALIBRATION_TOKENS))
+    write(args.out / "evaluation.jsonl", lines(args, "evaluation", EVALUATION_TOKENS))
+
+
+def write(path: Path, found: Iterator[tuple[str, str]]) -> None:
+    rows = [json.dumps({"domain": domain, "text": HOSTS.sub("example.org", text)}, ensure_ascii=False)
+            for domain, text in found]  # fmt: skip
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    print(f"{path.name}: {len(rows)} sequences, {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
