@@ -21,13 +21,15 @@ from kv_trace_support import (
 )
 
 from runtime.kv.policy import HOUR_S
+from runtime.kv.reclaim import COPY_SHARE, HOT
+from runtime.kv.value import HIT_WEIGHT, HITS_COUNTED, SPAN_SHARE, SUPERSEDED_SHARE
 
 _Key = tuple[str, int, bool]  # tenant, name of the prefix, is it a checkpoint
 _ROOM_BYTES = SEGMENT_BLOCKS * BLOCK_BYTES  # of records in a segment
 
 
 class ModelReplay:
-    """Records are cells of arrays: last use (s), hits, share (0 = superseded), segment, size (0 = gone)."""
+    """Records are cells of arrays: last use (s), hits, share (below 1 = superseded), segment, size (0 = gone)."""
 
     def __init__(self, quota_bytes: int, points: PointRule, replay_tokens: int) -> None:
         self._quota_bytes = quota_bytes * _ROOM_BYTES // SEGMENT_BYTES
@@ -72,7 +74,7 @@ class ModelReplay:
         if count and (*blocks[-1][:2], True) in self._cells and 0 < best < count:
             cell = self._cells.get((*blocks[best - 1][:2], True))
             if cell is not None and self._table[1, cell] <= 1:
-                self._table[2, cell] = 0.0
+                self._table[2, cell] = SUPERSEDED_SHARE
 
     def _touch(self, keys: list[_Key]) -> None:
         cells = [self._cells[key] for key in keys]
@@ -108,11 +110,12 @@ class ModelReplay:
         """The closed segment worth least per byte goes; up to a fifth of it that is hot or pinned is kept."""
         used, hits, share, segment, size = self._table[:, : len(self._keys)]
         span_s = self._now_s - min(self._born[number] for number in self._inside if number != self._open)
-        half_s = min(6.0 * HOUR_S, max(span_s / 10, 1.0))
-        worth = share * (1 + 4 * np.minimum(hits, 3)) * np.exp2(-(self._now_s - used) / half_s) * 256 * (size > 0)
+        half_s = min(6.0 * HOUR_S, max(span_s * SPAN_SHARE, 1.0))
+        weight = share * (1 + HIT_WEIGHT * np.minimum(hits, HITS_COUNTED))
+        worth = weight * np.exp2(-(self._now_s - used) / half_s) * 256 * (size > 0)
         sums = np.bincount(segment.astype(np.int64), worth, minlength=self._open + 1)
         victim = min((n for n in self._inside if n != self._open), key=lambda n: (sums[n] / max(self._ends[n], 1), n))
-        hot, room = 4 * worth.sum() / max(self._used_bytes, 1), self._ends[victim] / 5
+        hot, room = HOT * worth.sum() / max(self._used_bytes, 1), self._ends[victim] * COPY_SHARE
         kept: list[tuple[_Key, int, tuple[float, float, float]]] = []
         for key in sorted(self._inside[victim], key=lambda k: -worth[self._cells[k]] / size[self._cells[k]]):
             cell = self._cells[key]

@@ -27,10 +27,6 @@ ROOT = HERE.parents[1]
 KEEP = 8  # of 16 experts, in each layer with a learned router
 SCORES = ("reap-mean", "reap-sum", "frequency", "random", "first")
 SECONDS = "seconds.json"
-LONGER = (
-    ", for the longer run on eight times the text (`texts.py --calibration-times 8`: the same sources, none of the "
-    "evaluation's)"
-)
 BEGIN, END = "<!-- distillation: begin -->", "<!-- distillation: end -->"
 
 
@@ -52,15 +48,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Longer:
-    """A second QAD, for as long as it takes: more text, more steps, its own rate."""
-
-    training: Path
-    steps: int
-    lr: float
-
-
-@dataclass(frozen=True)
 class Bench:
     """The exporter's commands on one checkpoint, in one work folder."""
 
@@ -69,7 +56,7 @@ class Bench:
     calibration: Path  # observed
     evaluation: Path
     training: Path  # healed and trained on
-    longer: Longer | None = None
+    recovered: Path | None = None  # a ranking and an overlay that took longer
 
     def command(self, *words: object, done: Path, codes: Sequence[int] = (0,)) -> None:
         """Run one command unless ``done`` is there; its seconds go into seconds.json under the folder's name."""
@@ -168,19 +155,15 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
     rows.append(bench.row(f"D4, then router KD, {steps} steps", "router", laid(view, plain, router), plain, router))
     qad = bench.overlay("qad", ["distill", "qad", *view], *train)
     rows.append(bench.row(f"QAD, {steps} steps", "qad", laid(view, qad), qad))
-    if bench.longer is not None:
-        rows.append(longer_row(bench, bench.longer, view))
+    if bench.recovered is not None:
+        rows.append(recovered_row(bench, bench.recovered))
     return rows
 
 
-def longer_row(bench: Bench, longer: Longer, view: Sequence[object]) -> Row:
-    teacher = bench.teacher(longer.training, "teacher-longer")
-    qad = bench.overlay(
-        "qad-longer", ["distill", "qad", *view], "--texts", longer.training, "--teacher", teacher,
-        "--steps", longer.steps, "--lr", longer.lr,
-    )  # fmt: skip
-    name = f"QAD, {longer.steps} steps, lr {longer.lr:g}, {read_json(teacher / 'teacher.json')['tokens']:,} tokens"
-    return bench.row(name, "qad-longer", laid(view, qad), qad)
+def recovered_row(bench: Bench, recovered: Path) -> Row:
+    """The student that is kept beside the checkpoint: evaluated, not trained."""
+    view = [bench.checkpoint, "--ranking", recovered / "ranking.json", "--keep", KEEP]
+    return bench.row("QAD for longer: `recovered/`", "recovered", laid(view, recovered / "overlay"))
 
 
 def whole_row(bench: Bench, steps: int) -> Row:
@@ -249,7 +232,8 @@ def section(cut: list[Row], d4: list[Row], recovery: list[Row], whole: Row, benc
         f"({KEEP} of 16 kept; the layer routed by token id stays whole), attention and shared experts go from FP8 to "
         "MXFP4 (\"D4\"); kept experts stay as they are unless QAD trains them. KL(teacher ‖ student) in nats over "
         f"{tokens:,} tokens of `evaluation.jsonl`. Statistics are of `calibration.jsonl`, training is on "
-        f"`{bench.training.name}`{'' if bench.longer is None else LONGER}. The aims are of the last row with a cut. "
+        f"`{bench.training.name}`, that of `recovered/` on more text of the same sources (the sample model's README), "
+        "none of it the evaluation's. The aims are of `recovered/`. "
         "Seconds: the stages of that row, one thread of a machine with other work. The bounds on KL and "
         "top-1 come from a probe with a model trained for less, whose cut and D4 cost KL .039 before recovery."
     )
@@ -278,15 +262,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--training", type=Path, default=HERE / "calibration.jsonl", help="texts of heal, router, QAD")
     parser.add_argument("--steps", type=int, default=150, help="of router KD and QAD (default: 150)")
-    parser.add_argument("--longer", type=Path, metavar="FILE", help="texts of one more, longer QAD")
-    parser.add_argument("--longer-steps", type=int, default=1600)
-    parser.add_argument("--longer-lr", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--recovered", type=Path, default=HERE / "recovered", help="ranking.json and overlay/ of a longer QAD"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     texts = (HERE / "calibration.jsonl", HERE / "evaluation.jsonl", args.training)
-    longer = Longer(args.longer, args.longer_steps, args.longer_lr) if args.longer else None
-    bench = Bench(args.work, args.checkpoint, *texts, longer)
+    bench = Bench(args.work, args.checkpoint, *texts, args.recovered)
     bench.observe("--hessian", 4096)
     cut, d4 = cut_rows(bench), d4_rows(bench)
     recovery, whole = recovery_rows(bench, args.steps), whole_row(bench, args.steps)

@@ -1,7 +1,7 @@
 """Writes calibration.jsonl and evaluation.jsonl: what the export pipeline observes and is judged on, on this model.
 
     PYTHONPATH=. python packaging/sample-model/texts.py --docs DIR --books DIR
-    PYTHONPATH=. python packaging/sample-model/texts.py --docs DIR --books DIR --training FILE --tokens DOCS PLAYS MANUAL
+    PYTHONPATH=. python packaging/sample-model/texts.py --docs DIR --books DIR --training FILE
 
 With --training only that file is written: more text of the calibration's sources, other windows of them, to train on.
 
