@@ -53,8 +53,10 @@ def test_points_near_each_other_are_one() -> None:
     assert write_points(10_496, 10_240, 40, **cold) == set()
     assert write_points(30_720, 30_720 - 512, 118, **cold) == set()
     assert write_points(30_720, 30_720 - 768, 117, **cold) == {30_720}
-    assert write_points(65_536, 65_536 - 768, 253, **cold) == set()
-    assert write_points(65_536, 65_536 - 1024, 252, **cold) == {65_536}  # never more than 1,024 tokens again
+    assert write_points(65_536, 65_536 - 1536, 250, **cold) == set()
+    assert write_points(65_536, 65_536 - 1792, 249, **cold) == {65_536}
+    assert write_points(262_144, 262_144 - 3840, 1009, **cold) == set()
+    assert write_points(262_144, 262_144 - 4096, 1008, **cold) == {262_144}  # never more than 4,096 tokens again
     near = cold | {"common_tokens": 30_720, "anchor_tokens": 16_384}
     assert write_points(31_488, 0, 0, **near) == {16_384, 31_488}  # the common prefix is taken with the prompt's end
     assert write_points(66_048, 0, 0, **cold) == {66_048}
