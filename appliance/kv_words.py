@@ -20,6 +20,7 @@ MEANING = {
 }
 REMEDY = {  # what a reason to stop writing contains → what to do; the first that fits
     "not opened": "nothing is read either; mend that, then restart the server",
+    "made again": "nothing is read either until it is, tried every minute; make room, or check the disk",
     "kv.daily_write_bytes": "wait until then, or raise kv.daily_write_bytes in config.yaml and restart the server",
     "kv.min_free_bytes": "free disk space; stored prompts are still read",
     "quota": "raise kv.max_bytes in config.yaml and restart the server",

@@ -63,8 +63,7 @@ def reduced(logits: NDArray[np.float32], sequence: int, start: int = 0, top: int
     mass = np.exp(logp)
     np.put_along_axis(mass, best, np.float32(0), 1)
     tail = mass.sum(1)
-    with np.errstate(over="ignore"):  # a mass over a tiny u: first in any case
-        np.divide(mass, _uniform(logits.shape, sequence, start), out=mass)
+    np.divide(mass, _uniform(logits.shape, sequence, start), out=mass)
     np.put_along_axis(mass, best, np.float32(-1), 1)
     others, threshold = _largest(mass, min(drawn, vocab - best.shape[1]))
     ids = np.concatenate([best, others], 1)

@@ -6,10 +6,11 @@ probabilities q over the whole vocabulary
 
     KL ≈ Σ_{most likely} p_i · (log p_i − log q_i) + Σ_{drawn} p̂_i · (log p_i − log q_i)        [nats per token]
 
-which is the full KL divergence on average over the draws (but for the scaling of Σ p̂ to p_tail, which takes most of the
-noise away), and exactly that where the draw took all the rest. Of a single token it may be negative. Its gradient for
-the student's logit z_j is q_j − p_j for the most likely, q_j − p̂_j for the drawn and q_j for all others: that of the
-full divergence on average. KL falls only by moving towards the teacher, unlike perplexity.
+which is the full KL divergence on average over the draws (but for the scaling of Σ p̂ to p_tail, which takes most of
+the noise away), and exactly that where the draw took all the rest. Of a single token it may be negative. Its gradient
+for the student's logit z_j is q_j − p_j for the most likely, q_j − p̂_j for the drawn and q_j for all others: that of
+the full divergence on average. The draw is the cache's, the same in every epoch: the average is over tokens. KL falls
+only by moving towards the teacher, unlike perplexity.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from exporter.distill.cache import TOP
 
 _TINY = 1e-30
+_LEAST = -65_504.0  # of what half precision holds: a token of no mass has no −inf
 
 
 class _CachedKl(torch.autograd.Function):
@@ -49,8 +51,9 @@ def cached_kl(logits: Tensor, ids: Tensor, logp: Tensor, tail: Tensor, threshold
     Overwrites ``logits`` and its saved gradient: the table of logits is the largest tensor of a step, so there is one.
     Runs backward once.
     """
-    weights = token_weights(logp.float(), tail.float(), threshold.float(), top)
-    loss: Tensor = _CachedKl.apply(logits, ids, logp.float(), weights)
+    told = logp.float().clamp_min(_LEAST)
+    weights = token_weights(told, tail.float(), threshold.float(), top)
+    loss: Tensor = _CachedKl.apply(logits, ids, told, weights)
     return loss
 
 

@@ -50,7 +50,7 @@ def write_cache(
     lengths = [len(text.ids) for text in texts]
     folder = StageFolder(out, {
         "stage": "teacher", "model": view.recipe_sha256, "texts_sha256": texts_digest, "tokens": sum(lengths),
-        "top": cache.TOP, "drawn": cache.DRAWN, "layerwise": layerwise,
+        "format": cache.FORMAT, "top": cache.TOP, "drawn": cache.DRAWN, "layerwise": layerwise,
     })  # fmt: skip
     parts = cache.parts_of(lengths)
     if not folder.has(cache.CLOSING):

@@ -9,6 +9,7 @@ with its calibration and evaluation texts. What is finished in DIR is not run ag
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import subprocess
@@ -56,7 +57,7 @@ class Bench:
     calibration: Path  # observed
     evaluation: Path
     training: Path  # healed and trained on
-    recovered: Path | None = None  # a ranking and an overlay that took longer
+    recovered: Path  # a ranking and an overlay that took longer
 
     def command(self, *words: object, done: Path, codes: Sequence[int] = (0,)) -> None:
         """Run one command unless ``done`` is there; its seconds go into seconds.json under the folder's name."""
@@ -95,13 +96,12 @@ class Bench:
         self.command(*words, *more, "--out", out, done=out / "overlay.json")
         return out
 
-    def teacher(self, texts: Path | None = None, name: str = "teacher") -> Path:
-        """What the teacher says on ``texts`` (default: the training texts), for every training on them."""
-        out = self.work / name
+    def teacher(self) -> Path:
+        """What the teacher says on the training texts."""
+        out = self.work / "teacher"
         self.command(
-            "distill", "teacher", self.checkpoint, "--texts", texts or self.training, "--out", out,
-            done=out / "teacher.json",
-        )  # fmt: skip
+            "distill", "teacher", self.checkpoint, "--texts", self.training, "--out", out, done=out / "teacher.json"
+        )
         return out
 
     def row(self, name: str, folder: str, view: Sequence[object], *stages: Path) -> Row:
@@ -155,15 +155,14 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
     rows.append(bench.row(f"D4, then router KD, {steps} steps", "router", laid(view, plain, router), plain, router))
     qad = bench.overlay("qad", ["distill", "qad", *view], *train)
     rows.append(bench.row(f"QAD, {steps} steps", "qad", laid(view, qad), qad))
-    if bench.recovered is not None:
-        rows.append(recovered_row(bench, bench.recovered))
-    return rows
+    return [*rows, recovered_row(bench, bench.recovered)]
 
 
 def recovered_row(bench: Bench, recovered: Path) -> Row:
     """The student that is kept beside the checkpoint: evaluated, not trained."""
-    view = [bench.checkpoint, "--ranking", recovered / "ranking.json", "--keep", KEEP]
-    return bench.row("QAD for longer: `recovered/`", "recovered", laid(view, recovered / "overlay"))
+    view = laid([bench.checkpoint, "--ranking", recovered / "ranking.json", "--keep", KEEP], recovered / "overlay")
+    made = hashlib.sha256((recovered / "overlay" / "overlay.json").read_bytes()).hexdigest()[:12]
+    return bench.row("QAD for longer: `recovered/`", f"recovered-{made}", view)
 
 
 def whole_row(bench: Bench, steps: int) -> Row:

@@ -94,9 +94,10 @@ def conversations(asked: list[tuple[data.Fact, str]], total_tokens: int, windows
         yield text
 
 
-def lines(args: argparse.Namespace, name: str, budget: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(domain, text) of one file; ``name`` begins the draw."""
-    evaluation = name == "evaluation"
+def lines(
+    args: argparse.Namespace, name: str, budget: dict[str, int], evaluation: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(domain, text) of one file; ``name`` begins the draw. Held-out sources for ``evaluation``, else the others."""
     tokenizer = Tokenizer.from_file(str(HERE / "checkpoint" / "tokenizer.json"))
     draw = random.Random(name)
     texts = [t for t in data.collect(args.docs, args.books) if t.held_out == evaluation]
@@ -125,7 +126,7 @@ def main() -> None:
         write(args.training, lines(args, args.draw, dict(zip(CALIBRATION_TOKENS, args.tokens, strict=True))))
         return
     write(args.out / "calibration.jsonl", lines(args, "calibration", CALIBRATION_TOKENS))
-    write(args.out / "evaluation.jsonl", lines(args, "evaluation", EVALUATION_TOKENS))
+    write(args.out / "evaluation.jsonl", lines(args, "evaluation", EVALUATION_TOKENS, True))
 
 
 def write(path: Path, found: Iterator[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ from appliance.errors import BusyError, StoreError
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
-_INDEX_PASSES = frozenset({
+_INDEX_PASSES = frozenset({  # CANTOPEN: mostly want of files
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
 })  # fmt: skip
 
@@ -122,7 +122,8 @@ def passes(error: OSError | sqlite3.Error) -> bool:
     """May the same be tried again in a minute, without a restart: no room, or the system was short of something?"""
     if isinstance(error, OSError):
         return no_room(error) or is_short(error)
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _INDEX_PASSES
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code == sqlite3.SQLITE_IOERR_NOMEM or code & 0xFF in _INDEX_PASSES
 
 
 def reason(error: OSError | sqlite3.Error) -> str:

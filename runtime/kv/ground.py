@@ -132,6 +132,9 @@ class Ground:
         files or memory to read them.
         """
         moved: list[Row] = []
+        refused = self.tenants.refused()
+        if refused and is_short(refused):
+            raise refused
         try:
             keys = {tenant_id: self.tenants.keys_of(tenant_id) for tenant_id in {row.tenant_id for row in rows}}
             for row in rows:

@@ -57,7 +57,7 @@ def open_index(
 
 
 def remake(ground: Ground, master_key: bytes) -> None:
-    """The index of an open store made again, its files closed first; errors as ``open_index``, then all is closed."""
+    """The index of an open store made again, its files closed first. Errors as ``open_index``."""
     ground.index.close()
     ground.segments.close()
     where, now_s = (ground.directory, ground.io, master_key, ground.tenants), int(ground.clock())
@@ -79,8 +79,14 @@ def _open(directory: Path, io: Io, segments: Segments) -> Index:
 
 
 def rebuild(directory: Path, io: Io, master_key: bytes, tenants: Tenants, now_s: int) -> None:
-    """Make the index again; the old one, if there is one, is kept as ``index.sqlite3.damaged``."""
+    """Make the index again; the old one, if there is one, is kept as ``index.sqlite3.damaged``.
+
+    OSError where the disk refuses, or a tenant's key file cannot be read; StoreError where nothing opens.
+    """
     begin_s = time.monotonic()
+    refused = tenants.refused()
+    if refused:  # a tenant left out here loses what it has in segments without a footer
+        raise refused
     found, segments = _scan(directory, io, master_key, tenants)
     if not found and any(info.damaged for info in tenants.all()):
         raise StoreError(

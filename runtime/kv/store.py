@@ -21,12 +21,11 @@ from pathlib import Path
 from appliance.errors import EngineError, SolocardError, StoreError
 from appliance.model import BLOCK_TOKENS
 from appliance.wire import KvStatus
-from runtime.kv import files
 from runtime.kv.files import Io, lock_directory
 from runtime.kv.fingerprint import Fingerprint
 from runtime.kv.ground import Ground
+from runtime.kv.halt import Halt
 from runtime.kv.index import Index
-from runtime.kv.index_file import is_damage
 from runtime.kv.job import KvHit, Note, PutJob, PutResult, Sink, TailUnit, Unit
 from runtime.kv.keys import derive_master
 from runtime.kv.layout import KvLayout
@@ -41,7 +40,6 @@ from runtime.kv.writing import Plan, Writing, open_replay
 from runtime.schedule import prompt_boundary
 
 __all__ = ["KvHit", "KvStore", "Note", "Policy", "PutJob", "PutResult", "Sink", "TailUnit", "Unit"]
-_RETRY_S = 60.0  # after a full disk, or an index that could not be made again
 _SWEEP_S = 60.0
 _log = logging.getLogger("solocard.kv")
 _OFF = KvHit(0, 0, None, None, False, "policy", 0)
@@ -57,10 +55,9 @@ class KvStore:
         self._lock_fd, self._ground, self._reader, self._master_key = lock_fd, ground, reader, master_key
         self._write, self._reading, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
         self._pins: Counter[bytes] = Counter()
-        self._stopped, self._retry_s, self._refused, self._swept_s = "", float("inf"), "", 0.0
+        self._halt, self._refused, self._swept_s = Halt(ground.clock), "", 0.0
         self._counts: Counter[str] = Counter()
         self._miss_reasons: dict[str, int] = {}
-        self._index_lost_s: float | None = None  # since when it is damaged and could not be made again
         self._kinds: dict[Kind, int] | None = None
         self._closed = False
 
@@ -198,7 +195,7 @@ class KvStore:
                 except (OSError, sqlite3.Error) as error:
                     self._undo()
                     if attempt or not self._mend(error):
-                        return [PutResult(False, self._stop(error))] * len(jobs)
+                        return [PutResult(False, self._halt.stop(error))] * len(jobs)
                 except BaseException:
                     self._undo()
                     raise
@@ -207,7 +204,7 @@ class KvStore:
     def _put(self, jobs: Sequence[PutJob]) -> list[PutResult]:
         """A group there is no room for as a whole is tried job by job."""
         ground, now_s = self._ground, int(self._ground.clock())
-        stopped = self._stopped if self._still_stopped() else ""
+        stopped = self._halt.reason if self._halt.holds() else ""
         writing = Writing(ground, now_s, frozenset(self._pins), stopped)
         plans = [writing.plan(job) for job in jobs]
         if stopped:
@@ -227,16 +224,9 @@ class KvStore:
         writing.note([plan for plan, result in told if isinstance(plan, Plan) and not result.stored])
         return results
 
-    def _still_stopped(self) -> bool:
-        """A full disk is tried again after a minute; one that fails is after the next start."""
-        waits = self._retry_s - _RETRY_S <= self._ground.clock() < self._retry_s  # no longer, if the clock is set back
-        if self._stopped and self._retry_s < float("inf") and not waits:
-            self._stopped = ""
-        return bool(self._stopped)
-
     def _sweep(self) -> None:
         now_s = self._ground.clock()
-        if not self._stopped and abs(now_s - self._swept_s) >= _SWEEP_S:
+        if not self._halt.reason and abs(now_s - self._swept_s) >= _SWEEP_S:
             self._swept_s = now_s
             self._ground.write_uses()
             sweep(self._ground, frozenset(self._pins), int(now_s))
@@ -251,21 +241,11 @@ class KvStore:
         except (OSError, sqlite3.Error) as error:
             self._undo()
             if not self._mend(error):
-                self._stop(error)
+                self._halt.stop(error)
 
     def _undo(self) -> None:
         self._ground.segments.abandon()
         self._ground.rollback()
-
-    def _stop(self, error: OSError | sqlite3.Error) -> str:
-        if self._stopped and self._retry_s == float("inf"):
-            return self._stopped  # a disk that failed stays left alone, whatever it says next
-        reason = files.reason(error)
-        again = files.passes(error) or self._index_lost_s is not None
-        self._retry_s = self._ground.clock() + _RETRY_S if again else float("inf")
-        self._stopped = reason
-        _log.warning("KV cache stops writing: %s", reason)
-        return reason
 
     # -- a damaged index
 
@@ -277,21 +257,22 @@ class KvStore:
     def _mend(self, error: OSError | sqlite3.Error) -> bool:
         """Make the index again where SQLite found it damaged; under the write lock. False where that is no help.
 
-        Where the disk refuses, it is tried again a minute later.
+        Where the disk refuses, it is tried again a minute later (runtime/kv/halt.py), and nothing is read until then.
         """
-        ground, now_s, lost_s = self._ground, self._ground.clock(), self._index_lost_s
-        if not is_damage(error) if lost_s is None else abs(now_s - lost_s) < _RETRY_S:
+        if not self._halt.may_mend(error):
             return False
+        ground = self._ground
         try:
             with self._reading:
                 self._reader.close()
                 remake(ground, self._master_key)
                 self._reader = Index.open(ground.directory, ground.io, read_only=True)
         except (OSError, sqlite3.Error, StoreError) as again:
-            self._index_lost_s = now_s
-            _log.warning("KV index could not be made again: %s", again)
+            ground.index.close()  # what cannot be read is not written either
+            self._halt.not_mended(again)
             return False
-        self._index_lost_s = None
+        self._halt.mended()
+        self._kinds = None
         return True
 
     # -- both
@@ -302,7 +283,7 @@ class KvStore:
         kinds, segments, written_bytes = self._count()
         with self._counting:
             counts, reasons = self._counts.copy(), dict(self._miss_reasons)
-        why = self._stopped or self._refused
+        why = self._halt.reason or self._refused
         return KvStatus(
             enabled=policy.max_bytes > 0, used_bytes=ground.segments.used_bytes, max_bytes=policy.max_bytes,
             hit_tokens=counts["hit_tokens"], miss_tokens=counts["miss_tokens"], writing=not why, reason=why,

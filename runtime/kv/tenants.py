@@ -140,6 +140,17 @@ class Tenants:
                     infos.append(known.info)
         return sorted(infos, key=lambda info: info.name)
 
+    def refused(self) -> OSError | None:
+        """What the system says where it does not let a key file be read now; damaged ones are no such case."""
+        for info in self.all():
+            if info.damaged:
+                try:
+                    self._load(info.path)
+                except StoreError as error:
+                    if isinstance(error.__cause__, OSError):
+                        return error.__cause__
+        return None
+
     def live_ids(self) -> frozenset[bytes]:
         """The ids of all tenants whose secret is there."""
         return frozenset(info.tenant_id for info in self.all() if not info.damaged)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -131,6 +132,15 @@ def test_cache_of_other_texts_is_refused(folder, tmp_path, capsys):
     assert "other texts" in capsys.readouterr().err
 
 
+def test_a_cache_of_the_format_before_is_refused(folder, tmp_path):
+    copy = tmp_path / "teacher"
+    shutil.copytree(folder / "teacher", copy)
+    closing = json.loads((copy / "teacher.json").read_text("utf-8"))
+    (copy / "teacher.json").write_text(json.dumps(closing | {"format": 1}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"teacher\.json: not a teacher cache of format 2; run distill teacher"):
+        TeacherCache.open(copy)
+
+
 def test_a_damaged_part_is_named(folder, tmp_path):
     copy = tmp_path / "teacher"
     copy.mkdir()
@@ -255,16 +265,12 @@ def two_processes(line):
     return [process.wait(timeout=240) for process in started]
 
 
-def tensors_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
 def test_two_processes_give_what_one_gives(folder, tmp_path):
     line = arguments(folder, tmp_path / "two")
     assert two_processes(line) == [0, 0]
     assert two_processes(line) == [0, 0]  # finished: both say so and end
     assert two_processes([*line, "--seed", "9"]) == [UsageError.exit_code] * 2  # refused: neither waits for the other
     assert main(arguments(folder, tmp_path / "one", "--tokens-at-once", "1")) == 0  # a text at once, as each of the two
-    one, two = (tensors_of(tmp_path / name) for name in ("one", "two"))
+    one, two = (bytes_of(tmp_path / name) for name in ("one", "two"))
     assert len(one) > 1
     assert one == two

@@ -23,6 +23,7 @@ from kv_support import (
     tiny_layout,
 )
 
+from runtime.kv import tenants
 from runtime.kv.record import record_bytes
 from runtime.kv.store import Note, PutJob
 
@@ -226,6 +227,29 @@ def test_want_of_files_while_room_is_made_gives_nothing_up(tmp_path):
         io.at = 1 << 60
     assert any(result.reason.startswith("EMFILE") for result in stored)
     assert_hit(store, 48, 256)
+    store.close()
+
+
+def test_a_key_that_cannot_be_read_for_want_of_files_gives_nothing_up(tmp_path, monkeypatch):
+    now = [time.time()]
+    _, store = _no_files(now, tmp_path, "preadv")
+    for chat in range(50):
+        put(store, chat, 256)
+    put(store, 0, 256, tenant="b")
+    key, real = store._ground.tenants.path("b"), tenants._read
+
+    def refusing(path):
+        if path == key:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return real(path)
+
+    with store.pin("b", prompt(0, 257)), monkeypatch.context() as patch:
+        store._ground.tenants._known.pop(key)
+        patch.setattr(tenants, "_read", refusing)
+        stored = [put(store, 100 + n, 256) for n in range(50)]
+    assert stored[0].stored  # in the open segment
+    assert any(result.reason.startswith("EMFILE") for result in stored)
+    assert_hit(store, 0, 256, tenant="b")
     store.close()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import sqlite3
 import time
 
@@ -27,7 +28,9 @@ from kv_support import (
 )
 
 from appliance.errors import StoreError
+from runtime.kv import tenants
 from runtime.kv.footer import read_footer
+from runtime.kv.index import Index
 from runtime.kv.index_file import INDEX_NAME
 from runtime.kv.keys import derive_master
 from runtime.kv.record import ALIGN_BYTES, HEADER_BYTES
@@ -196,22 +199,96 @@ def test_an_index_that_breaks_on_a_disk_that_refuses_is_made_again_a_minute_late
     io.at = 0
     for _ in range(2):
         assert_miss(store, 1, 600, "corrupt")
-        assert not put(store, 9, 512).stored
-        assert store.status().blocks == 0
+        failed = put(store, 9, 512)
+        assert re.match(rf"index: damaged, and .* made again \({errno.errorcode[code]}: ", failed.reason), failed.reason
+        assert (store.status().blocks, store.status().writing) == (0, False)
+        now[0] += 20
     io.at = 1 << 60
     assert_miss(store, 1, 600, "corrupt")  # the minute is not over
-    now[0] += 61
+    assert not put(store, 9, 512).stored
+    now[0] += 21
     if first == "put":
         assert put(store, 9, 512).stored
     _check(store)
-    now[0] += 61
-    assert put(store, 9, 512).stored
+    assert put(store, 9, 512).stored  # at once, however often it was refused meanwhile
     assert_hit(store, 9, 512)
     assert store.status().writing
+    assert store.status().blocks > 0
     store.close()
     store = open_store(directory)
     _check(store)
     assert_hit(store, 9, 512)
+    store.close()
+
+
+def test_a_failed_disk_is_not_asked_for_another_index(tmp_path, caplog):
+    now = [time.time()]
+    _told(tmp_path / "kv")
+    io = FaultIo(error=OSError(errno.EIO, os.strerror(errno.EIO)), only="pwrite")
+    store = open_store(tmp_path / "kv", io=io, clock=lambda: now[0])
+    io.at = 0
+    assert put(store, 9, 512).reason.startswith("EIO")
+    _break(tmp_path / "kv")
+    store._ground.index.connection.execute("PRAGMA cache_size = 1")
+    for _ in range(3):
+        now[0] += 61
+        assert put(store, 9, 512).reason.startswith("EIO")
+        look_up(store, prompt(1, 600))
+    assert not [record for record in caplog.records if "made again" in record.message]
+    store.close()
+
+
+@pytest.mark.parametrize("first", ["put", "lookup"])
+def test_a_new_index_that_cannot_be_read_is_not_written_either(tmp_path, monkeypatch, first):
+    now = [time.time()]
+    _told(tmp_path / "kv")
+    store = open_store(tmp_path / "kv", clock=lambda: now[0])
+    _break(tmp_path / "kv")
+    store._ground.index.connection.execute("PRAGMA cache_size = 1")
+    real = Index.open
+
+    def refusing(*args, **options):
+        if options.get("read_only"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "open", refusing)
+        assert_miss(store, 1, 600, "corrupt")
+        assert not put(store, 9, 512).stored
+        assert not store.status().writing
+    now[0] += 61
+    if first == "put":
+        assert put(store, 9, 512).stored
+    _check(store)
+    store.close()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_key_that_cannot_be_read_now_costs_its_tenant_nothing(tmp_path, monkeypatch, code):
+    """Without its key a tenant's records in the open segment cannot be found: they wait, and are not cut off."""
+    store = open_store(tmp_path / "kv", segment_bytes=1 << 20)
+    put(store, 0, 512)
+    put(store, 0, 512, tenant="b")
+    store.close()
+    before = disk_bytes(tmp_path / "kv")
+    (tmp_path / "kv" / INDEX_NAME).unlink()
+    keys = list((tmp_path / "kv").rglob("*.key"))
+    real = tenants._read
+
+    def refusing(path):
+        if path == keys[-1]:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tenants, "_read", refusing)
+        with pytest.raises(StoreError, match=r"cannot be opened \(.*\.key"):
+            open_store(tmp_path / "kv", segment_bytes=1 << 20)
+    assert disk_bytes(tmp_path / "kv") == before
+    store = open_store(tmp_path / "kv", segment_bytes=1 << 20)
+    assert_hit(store, 0, 512)
+    assert_hit(store, 0, 512, tenant="b")
     store.close()
 
 
