@@ -160,9 +160,15 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
 
 def recovered_row(bench: Bench, recovered: Path) -> Row:
     """The student that is kept beside the checkpoint: evaluated, not trained."""
-    view = laid([bench.checkpoint, "--ranking", recovered / "ranking.json", "--keep", KEEP], recovered / "overlay")
-    made = hashlib.sha256((recovered / "overlay" / "overlay.json").read_bytes()).hexdigest()[:12]
+    view, _, last = recovered_view(bench.checkpoint, recovered)
+    made = hashlib.sha256((last / "overlay.json").read_bytes()).hexdigest()[:12]
     return bench.row("QAD for longer: `recovered/`", f"recovered-{made}", view)
+
+
+def recovered_view(checkpoint: Path, recovered: Path) -> tuple[list[object], Path, Path]:
+    """View arguments of the kept student, and its two overlays: the second run's lies on the first one's."""
+    first, last = recovered / "first", recovered / "second"
+    return laid([checkpoint, "--ranking", recovered / "ranking.json", "--keep", KEEP], first, last), first, last
 
 
 def whole_row(bench: Bench, steps: int) -> Row:
@@ -262,7 +268,7 @@ def main() -> int:
     parser.add_argument("--training", type=Path, default=HERE / "calibration.jsonl", help="texts of heal, router, QAD")
     parser.add_argument("--steps", type=int, default=150, help="of router KD and QAD (default: 150)")
     parser.add_argument(
-        "--recovered", type=Path, default=HERE / "recovered", help="ranking.json and overlay/ of a longer QAD"
+        "--recovered", type=Path, default=HERE / "recovered", help="ranking.json, first/ and second/ of a longer QAD"
     )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args()
