@@ -51,21 +51,21 @@ def parts_of(lengths: Sequence[int]) -> list[range]:
     return parts
 
 
-def reduced(logits: NDArray[np.float32], sequence: int, start: int = 0, top: int = TOP, drawn: int = DRAWN) -> Targets:
+def reduced(logits: NDArray[np.float32], sequence: int, start: int = 0) -> Targets:
     """Logits f32 [n, V] of tokens ``start`` … of a sequence → its targets; the same draws whenever it is asked.
 
-    k = min(top, V); where the rest has no more than ``drawn`` tokens it is taken whole, and threshold is 0.
+    k = min(TOP, V); where the rest has no more than DRAWN tokens it is taken whole, and threshold is 0.
     """
     vocab = logits.shape[1]
     logp = _log_softmax(logits)
-    best = _largest(logits, min(top, vocab))[0]
+    best = _largest(logits, min(TOP, vocab))[0]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, 1), 1, kind="stable"), 1)
     mass = np.exp(logp)
     np.put_along_axis(mass, best, np.float32(0), 1)
     tail = mass.sum(1)
     np.divide(mass, _uniform(logits.shape, sequence, start), out=mass)
     np.put_along_axis(mass, best, np.float32(-1), 1)
-    others, threshold = _largest(mass, min(drawn, vocab - best.shape[1]))
+    others, threshold = _largest(mass, min(DRAWN, vocab - best.shape[1]))
     ids = np.concatenate([best, others], 1)
     return ids.astype(np.int32), np.take_along_axis(logp, ids, 1).astype(np.float16), tail, np.maximum(threshold, 0)
 

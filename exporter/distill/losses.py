@@ -44,24 +44,24 @@ class _CachedKl(torch.autograd.Function):
         return back.mul_(grad.unsqueeze(-1)), None, None, None
 
 
-def cached_kl(logits: Tensor, ids: Tensor, logp: Tensor, tail: Tensor, threshold: Tensor, top: int = TOP) -> Tensor:
+def cached_kl(logits: Tensor, ids: Tensor, logp: Tensor, tail: Tensor, threshold: Tensor) -> Tensor:
     """KL per token f32 [N] of logits f32 [N, V] against a cache's rows: ids i64 and logp f16 or f32 [N, k + d], tail
-    and threshold f32 [N]; k = min(top, V).
+    and threshold f32 [N]; k = min(TOP, V).
 
     Overwrites ``logits`` and its saved gradient: the table of logits is the largest tensor of a step, so there is one.
     Runs backward once.
     """
     told = logp.float().clamp_min(_LEAST)
-    weights = token_weights(told, tail.float(), threshold.float(), top)
+    weights = token_weights(told, tail.float(), threshold.float())
     loss: Tensor = _CachedKl.apply(logits, ids, told, weights)
     return loss
 
 
-def token_weights(logp: Tensor, tail: Tensor, threshold: Tensor, top: int = TOP) -> Tensor:
+def token_weights(logp: Tensor, tail: Tensor, threshold: Tensor) -> Tensor:
     """p_i and p̂_i [N, k + d], f32, summing to 1: half-precision logs are scaled to what they must sum to."""
     rest = tail.clamp(0.0, 1.0).unsqueeze(-1)
     p = logp.exp()
-    best, drawn = p[:, :top], p[:, top:].maximum(threshold.unsqueeze(-1))
+    best, drawn = p[:, :TOP], p[:, TOP:].maximum(threshold.unsqueeze(-1))
     if drawn.shape[-1] == 0:
         rest = torch.zeros_like(rest)
     best = best * ((1 - rest) / best.sum(-1, keepdim=True).clamp_min(_TINY))

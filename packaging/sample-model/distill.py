@@ -57,7 +57,7 @@ class Bench:
     calibration: Path  # observed
     evaluation: Path
     training: Path  # healed and trained on
-    recovered: Path  # a ranking and an overlay that took longer
+    recovered: Path  # a ranking and two overlays that took longer
 
     def command(self, *words: object, done: Path, codes: Sequence[int] = (0,)) -> None:
         """Run one command unless ``done`` is there; its seconds go into seconds.json under the folder's name."""
@@ -155,12 +155,12 @@ def recovery_rows(bench: Bench, steps: int) -> list[Row]:
     rows.append(bench.row(f"D4, then router KD, {steps} steps", "router", laid(view, plain, router), plain, router))
     qad = bench.overlay("qad", ["distill", "qad", *view], *train)
     rows.append(bench.row(f"QAD, {steps} steps", "qad", laid(view, qad), qad))
-    return [*rows, recovered_row(bench, bench.recovered)]
+    return [*rows, recovered_row(bench)]
 
 
-def recovered_row(bench: Bench, recovered: Path) -> Row:
+def recovered_row(bench: Bench) -> Row:
     """The student that is kept beside the checkpoint: evaluated, not trained."""
-    view, _, last = recovered_view(bench.checkpoint, recovered)
+    view, _, last = recovered_view(bench.checkpoint, bench.recovered)
     made = hashlib.sha256((last / "overlay.json").read_bytes()).hexdigest()[:12]
     return bench.row("QAD for longer: `recovered/`", f"recovered-{made}", view)
 

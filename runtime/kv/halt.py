@@ -15,7 +15,7 @@ from appliance.errors import StoreError
 from runtime.kv import files
 from runtime.kv.index_file import is_damage
 
-RETRY_S = 60.0
+_RETRY_S = 60.0
 _NEVER_S = float("inf")
 _log = logging.getLogger("solocard.kv")
 
@@ -35,7 +35,7 @@ class Halt:
 
     def holds(self) -> bool:
         """Is nothing to be written now? No longer than a minute, if the clock is set back."""
-        waits = self._retry_s - RETRY_S <= self._clock() < self._retry_s
+        waits = self._retry_s - _RETRY_S <= self._clock() < self._retry_s
         if not self.final and not waits:
             self.reason = ""
         return bool(self.reason)
@@ -45,14 +45,14 @@ class Halt:
         if not self.final:  # a disk that failed stays left alone, whatever it says next
             passes = bool(self._lost) or files.passes(error)
             self.reason = self._lost or files.reason(error)
-            self._retry_s = self._clock() + RETRY_S if passes else _NEVER_S
+            self._retry_s = self._clock() + _RETRY_S if passes else _NEVER_S
             _log.warning("KV cache stops writing: %s", self.reason)
         return self.reason
 
     def may_mend(self, error: OSError | sqlite3.Error) -> bool:
         """Is it time to make the index again? Not on a disk that failed, nor within a minute of the last attempt."""
         if self._lost:
-            return abs(self._clock() - self._lost_s) >= RETRY_S
+            return abs(self._clock() - self._lost_s) >= _RETRY_S
         return is_damage(error) and not self.final
 
     def not_mended(self, error: OSError | sqlite3.Error | StoreError) -> None:

@@ -132,7 +132,7 @@ def test_recovery_reaches_the_bounds(recovered):
 def kept(bench):
     """The student of packaging/sample-model/recovered on every text of the evaluation."""
     whole = dataclasses.replace(bench, evaluation=SAMPLE / "evaluation.jsonl")
-    return distill.recovered_row(whole, whole.recovered)
+    return distill.recovered_row(whole)
 
 
 def test_the_longer_recovery_reaches_the_bounds(kept):
